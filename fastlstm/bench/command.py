@@ -1,0 +1,121 @@
+"""The options of a comparison, shared by ``fastlstm bench`` and ``benchmarks/peers.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import report
+from .cases import REGIMES, Problem, make_problem, parse_case, problems_of_model, select
+from .compare import MODES, compare, usable_cpus
+from .engines import ENGINES
+
+__all__ = ["add_options", "run"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a comparison to a parser."""
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="model file whose LSTM layers to run instead of the standard sizes")
+    add("-N", "--batch", type=int, default=1, metavar="N", help="batch for MODEL (default 1)")
+    add("-T", "--steps", type=int, default=100, metavar="T", help="steps for MODEL (default 100)")
+    add("--threads", default="1,all", help="numbers of threads, `all` for the CPUs there are (default %(default)s)")
+    add("--regime", default="all", help=f"{', '.join(REGIMES)} or all (default), or several, with commas")
+    add("--cases", default="", metavar="NAMES", help="cases of the standard table by name, with commas")
+    add("--shape", action="append", default=[], metavar="I,H,L,D,N,T", help="another size; may be given again")
+    add("--dtype", choices=("float32", "float64"), default="float32", help="default %(default)s")
+    add("--lengths", choices=("full", "uniform"), default="full", help="uniform draws each row's from 1..T")
+    add("--engines", default="", metavar="NAMES", help=f"of {', '.join(ENGINES)} (default: those installed)")
+    add("--rounds", type=int, default=5, help="turns of each engine at each size (default %(default)s)")
+    add("--mode", choices=MODES, default="infer", help="what is timed (default %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the results there")
+    add("--readme", type=Path, metavar="FILE", help="put the tables between the file's bench:start and bench:end marks")
+    add("--chart", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)")
+    add("--from-json", type=Path, metavar="FILE", help="report on these results; nothing is run")
+
+
+def run(options: argparse.Namespace, command: str) -> int:
+    """Run a comparison, or take one from a file, and report it.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        From a parser with `add_options`.
+    command : str
+        How the comparison was started, for the record.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 1 if fastlstm itself was left out of a case because it failed or was wrong.
+
+    Raises
+    ------
+    ValueError
+        If an option makes no sense or a file does not hold what it should.
+    OSError
+        If a file cannot be read or written.
+    """
+    if options.chart is not None:
+        report.require_matplotlib()
+    if options.from_json is None:
+        result = compare(
+            _problems(options),
+            threads=[_thread_count(text) for text in _names(options.threads)],
+            engines=_names(options.engines) or None,
+            rounds=options.rounds,
+            mode=options.mode,
+            command=command,
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    else:
+        result = _read(options.from_json)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(report.terminal(result))
+    if options.readme is not None:
+        report.write_readme(result, options.readme)
+    if options.chart is not None:
+        report.write_chart(result, options.chart)
+    for failure in result["failures"]:
+        print(f"fastlstm FAILED at {failure}", file=sys.stderr)
+    return 1 if result["failures"] else 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _thread_count(text: str) -> int:
+    if text == "all":
+        return usable_cpus()
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"a number of threads is 1 or more, or `all`, got {text!r}")
+    return int(text)
+
+
+def _problems(options: argparse.Namespace) -> list[Problem]:
+    if options.model is not None:
+        import fastlstm
+
+        return problems_of_model(fastlstm.load(options.model), options.batch, options.steps, options.lengths)
+    extra = [parse_case(text) for text in options.shape]
+    names = _names(options.cases)
+    # Sizes given alone are run alone; with cases or regimes they come on top of these.
+    table = [] if extra and not names and options.regime == "all" else select(_names(options.regime), names)
+    return [make_problem(case, np.dtype(options.dtype), options.lengths) for case in (*table, *extra)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if {"results", "engines", "machine", "versions"} <= result.keys():
+            return result
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
+        pass
+    raise ValueError(f"{path} does not hold the results of a comparison")

@@ -1,0 +1,308 @@
+"""A network as the kernels see it: packed weights, a plan for each call, and how the call is shared out."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from fastlstm import threads
+from fastlstm.kernels.compile import entry, launcher
+from fastlstm.kernels.panels import aligned, cut_columns, cut_units, pack_bias, pack_columns, pack_gates
+from fastlstm.kernels.region import run_region
+from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
+from fastlstm.kernels.team import LINE, run_serial, run_step
+from fastlstm.kernels.tile import GATES, advance_kernel, blocking, most_blocks, project_kernel
+
+__all__ = ["Network", "Sizes", "Strategy", "StreamRunner"]
+
+Array = NDArray[Any]
+
+PARALLEL_WORK = 2 << 20  # multiply-adds of a call below which a parallel region does not pay
+UNITS_WORK = 48 << 10  # multiply-adds of a step below which the team's barrier costs more than it gains
+SMALL_LAYER = 512 << 10  # bytes of weights that each core can hold beside the others' copies
+ROWS_IN_CACHE = 96  # rows of a group whose state and x stay in L2 from step to step
+HOIST_BELOW = 6  # rows: as many as a tile has; from there on the step's own tile is full
+HOISTED_BYTES = 128 << 10  # of z for the steps of a chunk
+KEPT_WORKSPACES, KEPT_SCRATCH = 4, 2 << 20  # how many, and up to how many bytes each, outlive their call
+
+
+class Sizes(NamedTuple):
+    """Sizes of a network; names as in API.md."""
+
+    I: int  # noqa: E741
+    H: int
+    P: int
+    L: int
+    D: int
+
+
+class Strategy(NamedTuple):
+    """How one call is shared out; no choice changes a bit of the result."""
+
+    ranks: int  # threads
+    shares: int  # 1: each thread takes groups of rows; else each phase is cut in this many shares of the blocks
+    group: int  # rows that one thread takes at a time
+    hoisted: bool  # W_ih x for a chunk of steps at once
+    chunk: int  # steps
+
+
+def _address(array: Array | None) -> int:
+    return 0 if array is None else int(array.ctypes.data)
+
+
+def _line(size: int) -> int:
+    """Round a size in bytes up to whole cache lines."""
+    return -(-size // LINE) * LINE
+
+
+def _writable(array: Array) -> Array:
+    """Return the array, or for a read-only one an alias of the type that the kernels were compiled for."""
+    if array.flags.writeable:
+        return array
+    memory = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
+    return np.frombuffer(memory, array.dtype).reshape(array.shape)
+
+
+class Network:
+    """Packed weights of one network, and its forward pass.
+
+    Parameters
+    ----------
+    sizes : Sizes
+        Its sizes.
+    dtype : numpy.dtype
+        float32 or float64.
+    params : mapping of str to ndarray
+        Weights under PyTorch's names, of that dtype.
+    """
+
+    def __init__(self, sizes: Sizes, dtype: np.dtype[Any], params: Mapping[str, Array]) -> None:
+        self.sizes, self.dtype = sizes, dtype
+        self.cut, self.p_cut = cut_units(sizes.H, dtype), cut_columns(sizes.P, dtype)
+        self.projected = sizes.P != sizes.H
+        self.width = GATES * self.cut.padded
+        self.state_width = GATES * self.p_cut.padded if self.projected else self.cut.padded
+        self._zeros = aligned(GATES * self.p_cut.padded, dtype)
+        self._zeros[:] = 0
+        self._arrays: list[Array] = []
+        rows = []
+        for layer in range(sizes.L):
+            for suffix in ("", "_reverse")[: sizes.D]:
+                name = f"_l{layer}{suffix}"
+                ih, bias = params["weight_ih" + name], np.zeros(4 * sizes.H, dtype)
+                if "bias_ih" + name in params:
+                    bias = params["bias_ih" + name] + params["bias_hh" + name]
+                arrays = [pack_bias(bias, self.cut), pack_gates(ih, self.cut)]
+                arrays.append(pack_gates(params["weight_hh" + name], self.cut))
+                if self.projected:
+                    arrays.append(pack_columns(params["weight_hr" + name], self.p_cut))
+                self._arrays += arrays
+                row = [ih.shape[1], *map(_address, arrays)]
+                rows.append(row + [0] * (len(WEIGHT_FIELDS) - len(row)))
+        self._weights = np.array(rows, np.int64)
+        self.weight_bytes = sum(array.nbytes for array in self._arrays)
+        self.function = entry(forward_kernel, dtype)
+        plan: dict[str, int] = dict.fromkeys(PLAN.names or (), 0)
+        plan |= {
+            "H": sizes.H, "P": sizes.P, "L": sizes.L, "D": sizes.D,
+            "blocks": self.cut.blocks, "tail": int(self.cut.tail_units > 0), "units": self.cut.padded,
+            "width": self.width, "state_width": self.state_width, "projected": int(self.projected),
+            "p_blocks": self.p_cut.blocks, "p_tail": int(self.p_cut.tail_units > 0),
+            "advance": entry(advance_kernel, dtype), "project": entry(project_kernel, dtype),
+            "weights": _address(self._weights), "zeros": _address(self._zeros),
+        }  # fmt: skip
+        self._plan = plan
+        flat = numba.from_dtype(dtype)
+        integers = numba.int64, numba.int64[::1]
+        self.run_serial = launcher(run_serial, numba.void(*integers, *[flat[:, :, ::1]] * 4))
+        self.run_step = launcher(run_step, numba.void(*integers, *[flat[:, ::1]] * 2))
+        self._idle: dict[tuple[Any, ...], Workspace] = {}  # of calls before, for calls like them
+        self._lock = threading.Lock()
+
+    def _fits_tile(self, rows: int) -> bool:
+        """Return whether one tile holds all hidden units of a group of rows."""
+        widest = -(-rows // -(-rows // blocking(self.dtype).rows))
+        blocks = self.cut.blocks + (self.cut.tail_units > 0)
+        fits = blocks <= most_blocks(self.dtype, widest)
+        return fits and not self.projected and (widest == 1 or not (self.cut.tail_units and self.cut.blocks))
+
+    def state_bytes(self, N: int) -> tuple[int, int]:
+        """Return the sizes of the state buffers of h and c."""
+        rows = self.sizes.L * self.sizes.D * N * self.dtype.itemsize
+        return _line(2 * rows * self.state_width), _line(rows * self.cut.padded)
+
+    def scratch_bytes(self, N: int, T: int, how: Strategy) -> tuple[int, dict[str, int]]:
+        """Return the size of the scratch of a call and where its parts lie."""
+        s, size = self.sizes, self.dtype.itemsize
+        rows = N if how.shares > 1 else min(how.group, N)
+        directions = s.D if how.shares > 1 else 1
+        z_at = _line(TABLES_AT + (how.chunk + 2) * rows * 8)
+        between_at = z_at + _line(directions * how.chunk * rows * self.width * size if how.hoisted else 0)
+        m_at = between_at + _line(2 * how.chunk * rows * s.P * size if s.L > 1 and s.D == 1 else 0)
+        per_rank = m_at + _line(directions * rows * self.cut.padded * size if self.projected else 0) + 2 * LINE
+        counters = (2 + 2 * how.shares) * LINE
+        middle = 2 * T * N * 2 * s.P * size if s.L > 1 and s.D == 2 else 0
+        offsets = {"z_at": z_at, "between_at": between_at, "m_at": m_at, "scratch_rank": per_rank}
+        offsets |= {"scratch": counters, "middle": counters + how.ranks * per_rank}
+        return counters + how.ranks * per_rank + middle, offsets
+
+    def plan(self, base: int, offsets: Mapping[str, int], how: Strategy, **values: int) -> Array:
+        """Return the plan of a call with a scratch at an address."""
+        plan = self._plan | offsets | values
+        plan["scratch"] += base
+        plan["middle"] += base
+        plan["counters"] = base
+        plan["ranks"], plan["shares"], plan["group"] = how.ranks, how.shares, how.group
+        plan["hoisted"], plan["chunk"] = how.hoisted, how.chunk
+        alike = how.shares == 1 and not plan["lengths"] and not plan["reset"]
+        plan["whole"] = alike and self._fits_tile(min(how.group, plan["N"]))
+        return np.array(list(plan.values()), np.int64)
+
+    def forward(
+        self, x: Array, out: Array, strides: tuple[int, int, int, int], T: int, N: int,
+        state_in: tuple[Array | None, Array | None], state_out: tuple[Array, Array],
+        order: Array | None = None, lengths: Array | None = None, reset: Array | None = None,
+        how: Strategy | None = None,
+    ) -> None:  # fmt: skip
+        """Run a batch of sequences.
+
+        x, out : contiguous, addressed by `strides` = (x_step, x_row, out_step, out_row) in numbers.
+        state_in, state_out : (L*D, N, P) and (L*D, N, H); None is zeros.  order, lengths : int64 (N,), rows by falling
+        length and those lengths.  reset : bool (T, N), any strides.
+        """
+        plain = state_in[0] is None and state_in[1] is None and lengths is None and reset is None and how is None
+        threads_now = threads.get_num_threads()
+        key = (T, N, strides, threads_now)
+        space = self._take(key) if plain else None
+        if space is None:
+            how = how or choose_strategy(self, N, T, threads_now, lengths)
+            values = {
+                "T": T, "N": N, "x_step": strides[0], "x_row": strides[1], "out_step": strides[2],
+                "out_row": strides[3], "h_0": _address(state_in[0]), "c_0": _address(state_in[1]),
+                "order": _address(order), "lengths": _address(lengths), "reset": _address(reset),
+            }  # fmt: skip
+            if reset is not None:
+                values |= {"reset_step": reset.strides[0], "reset_row": reset.strides[1]}
+            space = Workspace(self, N, T, how, values)
+        space.run(_as_3d(_writable(x)), _as_3d(out), *state_out)
+        if plain and space.buffer.nbytes <= KEPT_SCRATCH:
+            self._keep(key, space)
+
+    def _take(self, key: tuple[Any, ...]) -> Workspace | None:
+        with self._lock:
+            return self._idle.pop(key, None)
+
+    def _keep(self, key: tuple[Any, ...], space: Workspace) -> None:
+        with self._lock:
+            self._idle[key] = space
+            if len(self._idle) > KEPT_WORKSPACES:
+                del self._idle[next(iter(self._idle))]
+
+    def stream(self, N: int) -> StreamRunner:
+        """Return a runner that keeps a state."""
+        return StreamRunner(self, N)
+
+
+def _as_3d(array: Array) -> Array:
+    return array if array.ndim == 3 else array[:, None]
+
+
+class Workspace:
+    """The scratch of a call and the plan that points into it; state in buffers of its own unless the plan has them."""
+
+    def __init__(self, network: Network, N: int, T: int, how: Strategy, values: Mapping[str, int]) -> None:
+        self.network, self.how = network, how
+        h_bytes, c_bytes = (0, 0) if "h" in values else network.state_bytes(N)
+        scratch_bytes, offsets = network.scratch_bytes(N, T, how)
+        self.buffer = aligned(h_bytes + c_bytes + scratch_bytes, np.dtype(np.uint8))
+        base = _address(self.buffer)
+        own = {"h": base, "c": base + h_bytes} | values
+        self.plan = network.plan(base + h_bytes + c_bytes, offsets, how, **own)
+        self._counters = self.buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
+
+    def run(self, x: Array, out: Array, h_n: Array, c_n: Array) -> None:
+        """Run the plan in a parallel region, or on this thread where one is not wanted or not to be had."""
+        if self.how.ranks > 1:
+            self._counters[:] = 0
+            self.plan[:4] = _address(x), _address(out), _address(h_n), _address(c_n)
+            if run_region(self.network.function, self.plan, self.how.ranks):
+                return
+        self.network.run_serial(self.network.function, self.plan, x, out, h_n, c_n)
+
+
+class StreamRunner:
+    """The state of a stream in the kernels' own buffers, so that a step copies nothing."""
+
+    def __init__(self, network: Network, N: int) -> None:
+        self.network, self.N = network, N
+        s = network.sizes
+        h_bytes, c_bytes = network.state_bytes(N)
+        self._state = aligned(h_bytes + c_bytes, np.dtype(np.uint8))
+        self._state[:] = 0
+        base = _address(self._state)
+        self._values = {"keep": 1, "N": N, "h": base, "c": base + h_bytes, "x_row": s.I, "out_row": s.P}
+        self._values |= {"x_step": N * s.I, "out_step": N * s.P}
+        self._space = self._workspace(1, Strategy(1, 1, N, False, 1), 0)
+        self._plan = self._space.plan
+        self._parity = list(PLAN.names or ()).index("parity")
+        self._h = self._state[:h_bytes].view(network.dtype)[: s.L * 2 * N * network.state_width]
+        self._h = self._h.reshape(s.L, 2, N, network.state_width)
+        self._c = self._state[h_bytes:].view(network.dtype)[: s.L * N * network.cut.padded]
+        self._c = self._c.reshape(s.L, N, network.cut.padded)
+        self._function, self._run_step = network.function, network.run_step
+        self._step_parallel = choose_strategy(network, N, 1, threads.get_num_threads(), None).ranks > 1
+
+    def _workspace(self, T: int, how: Strategy, parity: int) -> Workspace:
+        return Workspace(self.network, self.N, T, how, self._values | {"T": T, "parity": parity})
+
+    def step(self, x: Array, out: Array) -> None:
+        """Run one step: x (N, I) -> out (N, P)."""
+        if self._step_parallel:
+            self.chunk(x, out, 1)
+        else:
+            self._run_step(self._function, self._plan, x, out)
+
+    def chunk(self, x: Array, out: Array, T: int) -> None:
+        """Run T steps: x (T, N, I) -> out (T, N, P)."""
+        how = choose_strategy(self.network, self.N, T, threads.get_num_threads(), None)
+        parity = int(self._plan[self._parity])
+        x, out = _as_3d(_writable(x)), _as_3d(out)
+        self._workspace(T, how, parity).run(x, out, x, x)
+        self._plan[self._parity] = (parity + T) & 1
+
+    def state(self) -> tuple[Array, Array]:
+        """Return copies of h (L, N, P) and c (L, N, H)."""
+        s = self.network.sizes
+        return self._h[:, self._plan[self._parity], :, : s.P].copy(), self._c[:, :, : s.H].copy()
+
+    def set_state(self, h: Array | None, c: Array | None) -> None:
+        """Replace the state; None is zeros."""
+        s = self.network.sizes
+        self._h[:, self._plan[self._parity], :, : s.P] = 0 if h is None else h
+        self._c[:, :, : s.H] = 0 if c is None else c
+
+
+def choose_strategy(network: Network, N: int, T: int, count: int, lengths: Array | None) -> Strategy:
+    """Choose how a call is shared out among at most `count` threads; the numbers are from `benchmarks/peers.py`."""
+    s, size = network.sizes, network.dtype.itemsize
+    step = N * network.width * s.P  # multiply-adds of one step of one direction, the input product left out
+    work = T * N * s.L * s.D * network.width * (s.P + s.I)
+    layer_bytes = network.weight_bytes // (s.L * s.D)
+    hoisted = N < HOIST_BELOW and T > 1 and s.I > 2
+    ranks, shares, group = 1, 1, N
+    if count > 1 and work >= PARALLEL_WORK:
+        if s.D * N >= 2 * count and (N >= 6 * count or layer_bytes <= SMALL_LAYER):
+            ranks = count
+            group = -(-N // count)
+        elif step >= UNITS_WORK:
+            ranks = shares = count
+    group = min(group, ROWS_IN_CACHE) if layer_bytes <= SMALL_LAYER else group
+    rows = N if shares > 1 else group
+    chunk = max(1, min(T, HOISTED_BYTES // (network.width * size * rows))) if hoisted else min(T, 16)
+    return Strategy(ranks, shares, group, hoisted, chunk)

@@ -1,0 +1,171 @@
+"""A product of rows with weight panels, out = start + a W^T, on its own and as a part of the sequence."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import carray, from_dtype, njit, types
+from numpy.typing import NDArray
+
+from fastlstm import threads
+from fastlstm.kernels.compile import entry, launcher
+from fastlstm.kernels.panels import aligned, cut_columns, pack_columns
+from fastlstm.kernels.region import SIGNATURE, run_region
+from fastlstm.kernels.team import LINE, call_tile, copy, next_task, run_parallel, set_integer
+from fastlstm.kernels.tile import GATES, blocking, most_blocks, project_kernel, shapes
+
+__all__ = ["PART", "Product", "block_tables", "product_part", "record"]
+
+Array = NDArray[Any]
+PART: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+ROWS = 96  # in a task: x and out of 256 numbers a row stay in L2 beside the panel
+SERIAL_WORK = 1 << 20  # multiply-adds below which a parallel region does not pay
+
+
+def record(*names: str) -> np.dtype[Any]:
+    """Return a record of int64 fields."""
+    return np.dtype([(name, np.int64) for name in names])
+
+
+PLAN = record(
+    "x", "out", "rows", "depth", "outputs", "start", "panel", "blocks", "tail", "width", "project",
+    "ranks", "counters", "scratch", "scratch_rank",
+)  # fmt: skip
+
+
+@functools.cache
+def block_tables(dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Return shape_of[rows, main blocks, tail] and most[rows] for Numba code."""
+    cut = blocking(dtype)
+    most = np.array([0] + [most_blocks(dtype, rows) for rows in range(1, cut.rows + 1)])
+    shape_of = np.full((cut.rows + 1, max(most) + 1, 2), -1)
+    for i, shape in enumerate(shapes(dtype)):
+        tail = int(bool(cut.tail) and shape.blocks[-1] == cut.tail)
+        shape_of[shape.rows, len(shape.blocks) - tail, tail] = i
+    return shape_of, most
+
+
+@functools.cache
+def product_part(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
+    """Return `cut_rows`, `next_blocks` and `product` for the kernels of one dtype."""
+    size = dtype.itemsize
+    tile_rows = blocking(dtype).rows
+    block_width = GATES * blocking(dtype).units
+    shape_of, most = block_tables(dtype)
+
+    @njit(**PART)
+    def cut_rows(rows):  # type: ignore[no-untyped-def]
+        """Return a number of tiles, their rows, and how many of them (the first) have one row more."""
+        tiles = max((rows + tile_rows - 1) // tile_rows, 1)
+        return tiles, rows // tiles, rows % tiles
+
+    @njit(**PART)
+    def count_groups(first, last, mains, rows):  # type: ignore[no-untyped-def]
+        """Return how many tiles of `rows` rows stand side by side in blocks first to last."""
+        main = min(last, mains) - first
+        groups = (main + most[rows] - 1) // most[rows]
+        alone = last > mains and (rows > 1 or main % most[1] == 0)
+        return groups + alone
+
+    @njit(**PART)
+    def block_group(i, first, last, mains, rows):  # type: ignore[no-untyped-def]
+        """Return the first block of such a tile, its main blocks, and whether it has the tail."""
+        begin = min(first + i * most[rows], mains)
+        main = min(most[rows], min(last, mains) - begin)
+        tail = last > mains and begin + main == mains and (main == 0 or (rows == 1 and main < most[1]))
+        return begin, main, int(tail)
+
+    @njit(**PART)
+    def product(tile, start, a, a_rows, rows, depth, panel, first, last, mains, out, out_stride):  # type: ignore[no-untyped-def]
+        """out[row, block] = start[block] + a[row] W for blocks first to last."""
+        tiles, fewest, more = cut_rows(rows)
+        widest = fewest + (more > 0)
+        for group in range(count_groups(first, last, mains, widest)):
+            block, main, tail = block_group(group, first, last, mains, widest)
+            at = block * block_width * size
+            row = 0
+            for longer in range(1, -1, -1):
+                here, count = fewest + longer, more if longer else tiles - more
+                if here > 0 and count > 0:
+                    call_tile(tile, (
+                        shape_of[here, main, tail], count, start + at, a, a_rows + row * 8, depth, panel + at * depth,
+                        out + row * out_stride * size + at, out_stride,
+                    ))  # fmt: skip
+                    row += here * count
+
+    return cut_rows, count_groups, block_group, product
+
+
+def product_kernel(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
+    """Describe the kernel of a product alone: a function of the plan and the thread's rank."""
+    size = dtype.itemsize
+    product = product_part(dtype)[-1]
+
+    def run(plan, rank):  # type: ignore[no-untyped-def]
+        p = carray(plan, 1)[0]
+        table = p.scratch + rank * p.scratch_rank
+        out = table + ROWS * 8
+        for row in range(ROWS):
+            set_integer(table + row * 8, row * p.depth)
+        task = -1
+        while True:
+            task = next_task(p.counters) if p.ranks > 1 else task + 1
+            row0 = task * ROWS
+            if row0 >= p.rows:
+                break
+            rows = min(ROWS, p.rows - row0)
+            a = p.x + row0 * p.depth * size
+            product(p.project, p.start, a, table, rows, p.depth, p.panel, 0, p.blocks + p.tail, p.blocks, out, p.width)
+            for row in range(rows):
+                to = p.out + (row0 + row) * p.outputs * size
+                copy(to, out + row * p.width * size, p.outputs * size)
+
+    return run, types.void(types.CPointer(from_dtype(PLAN)), types.int64)
+
+
+class Product:
+    """Packed weights of y = x W^T + b.
+
+    Parameters
+    ----------
+    weight : ndarray, (outputs, K)
+        float32 or float64.
+    bias : ndarray, (outputs,), optional
+        None is zeros.
+    """
+
+    def __init__(self, weight: Array, bias: Array | None = None) -> None:
+        dtype = weight.dtype
+        self._cut = cut_columns(len(weight), dtype)
+        self._width = GATES * self._cut.padded
+        self._panel = pack_columns(weight, self._cut)
+        self._start = aligned(self._width, dtype)
+        self._start[:] = 0
+        if bias is not None:
+            self._start[: len(bias)] = bias
+        self._shape, self._dtype = weight.shape, dtype
+        self._function = entry(product_kernel, dtype)
+        self._project = entry(project_kernel, dtype)
+        self._serial = launcher(run_parallel, SIGNATURE)
+
+    def apply(self, x: Array, out: Array) -> None:
+        """Write x W^T + b to `out`: x (rows, K), out (rows, outputs), both C-contiguous and of the weight's dtype."""
+        outputs, K = self._shape
+        rows = len(x)
+        ranks = min(threads.get_num_threads(), -(-rows // ROWS)) if rows * K * outputs > SERIAL_WORK else 1
+        per_rank = ROWS * (8 + self._width * self._dtype.itemsize) + LINE
+        buffer = aligned(2 * LINE + ranks * per_rank, np.dtype(np.uint8))
+        buffer[: 2 * LINE] = 0
+        base = buffer.ctypes.data
+        plan = np.array(
+            [
+                x.ctypes.data, out.ctypes.data, rows, K, outputs, self._start.ctypes.data, self._panel.ctypes.data,
+                self._cut.blocks, int(self._cut.tail_units > 0), self._width, self._project,
+                ranks, base, base + 2 * LINE, per_rank,
+            ],
+            np.int64,
+        )  # fmt: skip
+        if ranks == 1 or not run_region(self._function, plan, ranks):
+            self._serial(self._function, plan, 1)

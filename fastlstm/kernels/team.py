@@ -1,0 +1,293 @@
+"""The thread team: one parallel region a call, and in it phases that no thread can wait for in vain.
+
+Work is cut into *phases* and each phase into *shares*.  A thread claims its own share first, so that its weights stay
+in its own cache, and then whatever nobody has claimed: one thread alone still finishes, so a threading layer that
+starts fewer threads than asked for, or runs them one after the other, cannot hang the call.
+
+The counters of a call are int64, each on a cache line of its own: `counters[0]` tasks taken, and for each share the phases
+that were claimed of it and the phases that are done.  A thread polls the line of a share that only its finisher writes,
+so that a phase costs one transfer between two caches.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fastlstm.kernels.simd import I8, I32, I64
+
+__all__ = [
+    "LINE",
+    "SPINS_BEFORE_STEAL",
+    "byte_at",
+    "call_tile",
+    "claim",
+    "clear",
+    "copy",
+    "finish",
+    "finish_task",
+    "integer_at",
+    "is_done",
+    "next_task",
+    "record_at",
+    "run_parallel",
+    "run_serial",
+    "run_step",
+    "set_integer",
+    "wait_for_tasks",
+]
+
+LINE = 64
+SPINS_BEFORE_YIELD = 4096  # a power of two
+SPINS_BEFORE_STEAL = 1024  # tens of microseconds: a thread that is only late keeps its share and its cache
+
+
+def _integer_pointer(builder, address):  # type: ignore[no-untyped-def]
+    return builder.inttoptr(address, I64.as_pointer())
+
+
+@intrinsic
+def integer_at(typingctx, address):  # type: ignore[no-untyped-def]
+    """Return the int64 at an address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load(_integer_pointer(builder, args[0]))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def byte_at(typingctx, address):  # type: ignore[no-untyped-def]
+    """Return the byte at an address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.zext(builder.load(builder.inttoptr(args[0], I8.as_pointer())), I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def set_integer(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Write an int64 to an address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store(args[1], _integer_pointer(builder, args[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+def record_at(record):  # type: ignore[no-untyped-def]
+    """Return an intrinsic that makes a pointer to a record from an address."""
+
+    @intrinsic
+    def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+        result = types.CPointer(record)
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return builder.inttoptr(args[0], context.get_value_type(result))
+
+        return result(types.int64), codegen
+
+    return pointer
+
+
+@intrinsic
+def copy(typingctx, to, source, size):  # type: ignore[no-untyped-def]
+    """Copy `size` bytes between addresses."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        to_, source_ = (builder.inttoptr(arg, I8.as_pointer()) for arg in args[:2])
+        cgutils.raw_memcpy(builder, to_, source_, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def clear(typingctx, to, size):  # type: ignore[no-untyped-def]
+    """Write `size` zero bytes to an address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        cgutils.memset(builder, builder.inttoptr(args[0], I8.as_pointer()), args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _add_atomic(typingctx, address, value):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.atomic_rmw("add", _integer_pointer(builder, args[0]), args[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _load_atomic(typingctx, address):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load_atomic(_integer_pointer(builder, args[0]), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _store_atomic(typingctx, address, value):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store_atomic(args[1], _integer_pointer(builder, args[0]), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _exchange_if(typingctx, address, expected, value):  # type: ignore[no-untyped-def]
+    """Write the value if the int64 is the expected one; return whether it was."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = _integer_pointer(builder, args[0])
+        return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "acq_rel", "acquire"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _pause(typingctx):  # type: ignore[no-untyped-def]
+    """Tell the core that this is a spin loop."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        triple = builder.module.triple
+        if triple.startswith(("x86_64", "i")):
+            fn = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
+            builder.call(fn, [])
+        elif triple.startswith(("aarch64", "arm64")):
+            fn = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [I32]), "llvm.aarch64.hint")
+            builder.call(fn, [I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _yield_core(typingctx):  # type: ignore[no-untyped-def]
+    """Let another thread have the core."""
+    name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        fn = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), name)
+        builder.call(fn, [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _part(function):  # type: ignore[no-untyped-def]
+    return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+
+
+@_part
+def claim(counters, share, phase):  # type: ignore[no-untyped-def]
+    """Return whether this thread, and no other, does a share of a phase."""
+    return _exchange_if(counters + (1 + 2 * share) * LINE, phase, phase + 1)
+
+
+@_part
+def finish(counters, share, phase):  # type: ignore[no-untyped-def]
+    """Report a share of a phase as done."""
+    _store_atomic(counters + (2 + 2 * share) * LINE, phase + 1)
+
+
+@_part
+def is_done(counters, share, phase, spins):  # type: ignore[no-untyped-def]
+    """Return whether a share of a phase is done before this thread has looked `spins` times; -1: wait for it."""
+    looked = 0
+    while _load_atomic(counters + (2 + 2 * share) * LINE) <= phase:
+        if looked == spins:
+            return False
+        looked += 1
+        if looked & (SPINS_BEFORE_YIELD - 1):
+            _pause()
+        else:
+            _yield_core()
+    return True
+
+
+@_part
+def next_task(counters):  # type: ignore[no-untyped-def]
+    """Return the number of a task that no other thread has."""
+    return _add_atomic(counters, 1)
+
+
+@_part
+def finish_task(counters):  # type: ignore[no-untyped-def]
+    """Report a task as done."""
+    _add_atomic(counters + LINE, 1)
+
+
+@_part
+def wait_for_tasks(counters, count):  # type: ignore[no-untyped-def]
+    """Return once that many tasks are done."""
+    looked = 0
+    while _load_atomic(counters + LINE) < count:
+        looked += 1
+        if looked & (SPINS_BEFORE_YIELD - 1):
+            _pause()
+        else:
+            _yield_core()
+
+
+def _call(builder, address, args):  # type: ignore[no-untyped-def]
+    entry = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+    builder.call(builder.inttoptr(address, entry.as_pointer()), args)
+
+
+@intrinsic
+def call_tile(typingctx, function, arguments):  # type: ignore[no-untyped-def]
+    """Call the tile at an address with a table of the arguments, a tuple of int64, on this thread's stack."""
+    count = len(arguments)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        table = cgutils.alloca_once(builder, ir.ArrayType(I64, count))
+        for i, value in enumerate(cgutils.unpack_tuple(builder, args[1])):
+            builder.store(value, builder.gep(table, [I32(0), I32(i)]))
+        _call(builder, args[0], [builder.ptrtoint(table, I64)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.UniTuple(types.int64, count)), codegen
+
+
+@intrinsic
+def _call_kernel(typingctx, function, plan, rank):  # type: ignore[no-untyped-def]
+    """Call the kernel at an address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _call(builder, args[0], args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+def run_serial(function, plan, x, out, h_n, c_n):  # type: ignore[no-untyped-def]
+    """Run a kernel on this thread; the plan begins with the addresses of these arrays."""
+    plan[0] = x.ctypes.data
+    plan[1] = out.ctypes.data
+    plan[2] = h_n.ctypes.data
+    plan[3] = c_n.ctypes.data
+    _call_kernel(function, plan.ctypes.data, 0)
+
+
+def run_step(function, plan, x, out):  # type: ignore[no-untyped-def]
+    """Run a kernel on this thread for one step of a stream; its state is in the plan's own buffers."""
+    plan[0] = x.ctypes.data
+    plan[1] = out.ctypes.data
+    _call_kernel(function, plan.ctypes.data, 0)
+
+
+def run_parallel(function, plan, ranks):  # type: ignore[no-untyped-def]
+    """Run a kernel once for each rank, in one parallel region."""
+    for rank in prange(ranks):
+        _call_kernel(function, plan.ctypes.data, rank)

@@ -1,0 +1,273 @@
+"""The register tile: rows of numbers times weight panels, and the LSTM cell while the sums are still in registers.
+
+    z = start + a W_a + h W_h
+    c = sigmoid(z_f) * c + sigmoid(z_i) * tanh(z_g)
+    h = sigmoid(z_o) * tanh(c)
+
+(Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000.)  Every element of z is one chain of fused
+multiply-adds in the order of k, whatever the tile, so no result depends on how the work was cut.
+
+A *block* is `units` hidden units.  Its panel is [k][gate][unit]: `4 * units` numbers for each k, in `vectors` registers.
+With units == lanes a register holds one gate; a narrow block packs several gates in a register, which keeps sizes that
+are no multiple of `lanes` from drowning in padding and lets 16 registers hold enough rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from fastlstm.kernels.activations import sigmoid, tanh
+from fastlstm.kernels.simd import I1, I64, Builder, Pointer, Vec, bundle, concat, fma, kernel, target
+
+__all__ = ["GATES", "Blocking", "Shape", "advance_kernel", "blocking", "most_blocks", "project_kernel", "shapes"]
+
+GATES = 4
+CHAINS = 6  # registers of cells in lockstep: one alone waits for its own latencies, 13 ns instead of 9 with six
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """How hidden units are cut into blocks on this target."""
+
+    lanes: int
+    units: int  # in a main block
+    tail: int  # units of the narrow block that may end the row; 0: there is none
+    rows: int  # most rows in a tile
+    accumulators: int  # registers for sums
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One tile: `rows` rows of `blocks` (units each), side by side."""
+
+    rows: int
+    blocks: tuple[int, ...]
+
+
+@functools.cache
+def blocking(dtype: np.dtype) -> Blocking:
+    """Return the cut for a dtype: 32 registers hold 6 rows of 4 vectors, 16 registers 6 rows of 2."""
+    lanes = target().lanes(dtype)
+    if target().registers == 32:
+        return Blocking(lanes, lanes, lanes // 2, 6, 24)
+    return Blocking(lanes, lanes // 2, 0, 6, 12)
+
+
+@functools.cache
+def shapes(dtype: np.dtype) -> tuple[Shape, ...]:
+    """Return every tile that is compiled: as many blocks side by side as the registers hold.
+
+    A tail stands beside other blocks for a single row, where few sums mean waiting for each other; else alone.
+    """
+    cut = blocking(dtype)
+    found = []
+    for rows in range(1, cut.rows + 1):
+        most = most_blocks(dtype, rows)
+        found += [Shape(rows, (cut.units,) * main) for main in range(1, most + 1)]
+        if cut.tail:
+            found += [Shape(rows, (cut.units,) * main + (cut.tail,)) for main in range(most if rows == 1 else 1)]
+    return tuple(found)
+
+
+def most_blocks(dtype: np.dtype, rows: int) -> int:
+    """Return how many main blocks stand side by side in a tile of `rows` rows."""
+    cut = blocking(dtype)
+    vectors = GATES * cut.units // cut.lanes
+    return max(1, min(16 // vectors, cut.accumulators // (rows * vectors)))
+
+
+def _multiply(
+    b: Builder, sums: list[list[Vec]], depth: ir.Value, rows: Sequence[Pointer], panels: Sequence[Pointer], widths: Sequence[int]
+) -> list[list[Vec]]:
+    """Return sums[row][vector] + sum over k of rows[row][k] * panel[k][vector]."""
+    lanes = b.lanes
+
+    def step(k: ir.Value, flat: list[Vec]) -> list[Vec]:
+        weights = []
+        for panel, width in zip(panels, widths, strict=True):
+            line = panel + b.ir.mul(k, I64(width * lanes))
+            weights += [(line + v * lanes).load(lanes) for v in range(width)]
+        a = [(row + k).broadcast(lanes) for row in rows]
+        out = list(flat)
+        count = len(weights)
+        order = [(r, v) for r in range(len(rows)) for v in range(count)]
+        if len(rows) < 4:
+            order = [(r, v) for v in range(count) for r in range(len(rows))]
+        for r, v in order:
+            out[r * count + v] = fma(a[r], weights[v], flat[r * count + v])
+        return out
+
+    flat = b.loop(depth, step, [vec for row in sums for vec in row])
+    count = len(flat) // len(rows)
+    return [flat[r * count : (r + 1) * count] for r in range(len(rows))]
+
+
+def _panels(b: Builder, address: ir.Value, depth: ir.Value, shape: Shape) -> list[Pointer]:
+    """Return where each block's panel starts: one after the other, `depth` lines each."""
+    first, found, before = b.pointer(address), [], 0
+    for units in shape.blocks:
+        found.append(first + b.ir.mul(depth, I64(before)))
+        before += GATES * units
+    return found
+
+
+def _rows(b: Builder, base: Pointer, table: ir.Value, first: ir.Value, count: int) -> list[Pointer]:
+    """Return a pointer for each row from `first` on, by a table of int64 offsets in numbers."""
+    offsets = b.ir.gep(b.ir.inttoptr(table, I64.as_pointer()), [first])
+    return [base + b.ir.load(b.ir.gep(offsets, [I64(r)])) for r in range(count)]
+
+
+def _strided(b: Builder, base: Pointer, stride: ir.Value, first: ir.Value, count: int) -> list[Pointer]:
+    start = base + b.ir.mul(stride, first)
+    return [start + b.ir.mul(stride, I64(r)) for r in range(count)]
+
+
+def _widths(b: Builder, shape: Shape) -> list[int]:
+    return [GATES * units // b.lanes for units in shape.blocks]
+
+
+def _load_all(pointer: Pointer, count: int, lanes: int) -> list[Vec]:
+    return [(pointer + v * lanes).load(lanes) for v in range(count)]
+
+
+def _emit_project(b: Builder, shape: Shape, tiles, start, a, a_rows, depth, panel, out, out_stride) -> None:  # type: ignore[no-untyped-def]
+    """Emit out[row] = start + a[row] W for `tiles` tiles, one below the other.
+
+    start : (4 * units,).  a : rows at `a_rows`, `depth` numbers each.  panel : (blocks, depth, 4 * units).
+    out : (rows, 4 * units), `out_stride` apart.
+    """
+    widths = _widths(b, shape)
+    panels = _panels(b, panel, depth, shape)
+
+    def tile(i: ir.Value, _: list[Vec]) -> list[Vec]:
+        row0 = b.ir.mul(i, I64(shape.rows))
+        sums = [_load_all(b.pointer(start), sum(widths), b.lanes)] * shape.rows
+        sums = _multiply(b, sums, depth, _rows(b, b.pointer(a), a_rows, row0, shape.rows), panels, widths)
+        for row, vecs in zip(_strided(b, b.pointer(out), out_stride, row0, shape.rows), sums, strict=True):
+            for v, vec in enumerate(vecs):
+                (row + v * b.lanes).store(vec)
+        return []
+
+    b.loop(tiles, tile)
+
+
+def _gates(b: Builder, cells: list[tuple[list[Vec], int]]) -> list[Vec]:
+    """Return z_i, z_f, z_g, z_o of several blocks, cut out of their registers and laid side by side."""
+    found = []
+    for gate in range(GATES):
+        parts = []
+        for vecs, units in cells:
+            at = gate * units
+            parts.append(vecs[at // b.lanes].part(at % b.lanes, units))
+        found.append(concat(parts))
+    return found
+
+
+def cell(z_i: Vec, z_f: Vec, z_g: Vec, z_o: Vec, c: Vec) -> tuple[Vec, Vec]:
+    """Return h and c of the next step."""
+    c = (sigmoid(z_f) * c).value() + (sigmoid(z_i) * tanh(z_g)).value()
+    return (sigmoid(z_o) * tanh(c)).value(), c
+
+
+def _emit_advance(  # type: ignore[no-untyped-def]
+    b: Builder, shape: Shape, tiles, steps, start, start_stride, start_step, a, a_rows, a_step, a_depth, a_panel,
+    h, h_stride, h_depth, h_panel, c, c_stride, h_next, h_next_stride, out, out_rows, out_step, valid,
+) -> None:  # fmt: skip
+    """Emit steps of `tiles` tiles, one below the other.
+
+    start : (rows, 4 * units), `start_stride` apart: the bias (stride 0) or z with the input product in it.
+    a : rows at `a_rows`, `a_depth` numbers each (0 where the product is in `start`).
+    h : in (rows, h_depth), `h_stride` apart.  a_panel, h_panel : (blocks, depth, 4 * units).
+    c : in/out (rows, units), `c_stride` apart.  h_next : out (rows, units), `h_next_stride` apart.
+    out : out rows at `out_rows`; the first `valid` units of the tile are written; none where `valid` is 0.
+    More than one step where the tile holds all units: from step to step `start`, `a`, `out` move by `start_step`,
+    `a_step`, `out_step` numbers, and `h` and `h_next` change places.
+    """
+    widths = _widths(b, shape)
+    a_panels, h_panels = _panels(b, a_panel, a_depth, shape), _panels(b, h_panel, h_depth, shape)
+
+    def step(s: ir.Value, _: list[Vec]) -> list[Vec]:
+        odd = b.ir.trunc(s, I1)
+        h_read = b.pointer(b.ir.select(odd, h_next, h))
+        h_write = b.pointer(b.ir.select(odd, h, h_next))
+        start_at = b.pointer(start) + b.ir.mul(s, start_step)
+        a_at, out_base = b.pointer(a) + b.ir.mul(s, a_step), b.pointer(out) + b.ir.mul(s, out_step)
+
+        def tile(i: ir.Value, _: list[Vec]) -> list[Vec]:
+            row0 = b.ir.mul(i, I64(shape.rows))
+            sums = [_load_all(p, sum(widths), b.lanes) for p in _strided(b, start_at, start_stride, row0, shape.rows)]
+            sums = _multiply(b, sums, a_depth, _rows(b, a_at, a_rows, row0, shape.rows), a_panels, widths)
+            sums = _multiply(b, sums, h_depth, _strided(b, h_read, h_stride, row0, shape.rows), h_panels, widths)
+            _emit_cells(
+                b, shape, sums, _strided(b, b.pointer(c), c_stride, row0, shape.rows),
+                _strided(b, h_write, h_next_stride, row0, shape.rows), _rows(b, out_base, out_rows, row0, shape.rows), valid,
+            )  # fmt: skip
+            return []
+
+        b.loop(tiles, tile)
+        return []
+
+    b.loop(steps, step)
+
+
+def _emit_cells(  # type: ignore[no-untyped-def]
+    b: Builder, shape: Shape, sums: list[list[Vec]], c_at: list[Pointer], h_at: list[Pointer], out_at: list[Pointer], valid
+) -> None:  # fmt: skip
+    """Emit the cells of one tile: z in registers, c in/out, h and out written, a pointer for each row."""
+    cells = []
+    for r in range(shape.rows):
+        vector = unit = 0
+        for units, width in zip(shape.blocks, _widths(b, shape), strict=True):
+            cells.append((r, unit, units, sums[r][vector : vector + width]))
+            vector, unit = vector + width, unit + units
+    # Registers that hold whole cells, and the cells of each: narrow blocks of several rows share one.
+    full = []
+    while cells:
+        units = cells[0][2]
+        together = 1
+        while together < b.lanes // units and len(cells) > together and cells[together][2] == units:
+            together += 1
+        together = 1 << (together.bit_length() - 1)
+        full.append(cells[:together])
+        cells = cells[together:]
+    while full:
+        lanes = full[0][0][2] * len(full[0])
+        count = 1
+        while count < min(CHAINS, len(full)) and full[count][0][2] * len(full[count]) == lanes:
+            count += 1
+        groups, full = full[:count], full[count:]
+        gates = zip(*(_gates(b, [(vecs, units) for _, _, units, vecs in group]) for group in groups), strict=True)
+        c_old = bundle([concat([(c_at[r] + unit).load(units) for r, unit, units, _ in group]) for group in groups])
+        h_new, c_new = cell(*map(bundle, gates), c_old)
+        for group, h_register, c_register in zip(groups, h_new.registers(), c_new.registers(), strict=True):
+            for i, (r, unit, units, _) in enumerate(group):
+                (c_at[r] + unit).store(c_register.part(i * units, units))
+                part = h_register.part(i * units, units)
+                (h_at[r] + unit).store(part)
+                (out_at[r] + unit).store_first(part, b.ir.sub(valid, I64(unit)))
+
+
+def project_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
+    """Describe the tile that multiplies and stores: an int64 table of the shape and the arguments of `_emit_project`."""
+    tile = kernel(dtype, "project", 8, _emit_project, shapes(dtype))
+
+    def project(table):  # type: ignore[no-untyped-def]
+        tile(table)
+
+    return project, types.void(types.int64)
+
+
+def advance_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
+    """Describe the tile that makes one step: an int64 table of the shape and the arguments of `_emit_advance`."""
+    tile = kernel(dtype, "advance", 22, _emit_advance, shapes(dtype))
+
+    def advance(table):  # type: ignore[no-untyped-def]
+        tile(table)
+
+    return advance, types.void(types.int64)
