@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fastlstm import threads
 from fastlstm.kernels.compile import entry, launcher
 from fastlstm.kernels.panels import aligned, cut_columns, cut_units, pack_bias, pack_columns, pack_gates
+from fastlstm.kernels.product import L2_BYTES
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
 from fastlstm.kernels.team import LINE, run_serial, run_step
@@ -25,10 +26,13 @@ Array = NDArray[Any]
 
 PARALLEL_WORK = 2 << 20  # multiply-adds of a call below which a parallel region does not pay
 UNITS_WORK = 48 << 10  # multiply-adds of a step below which the team's barrier costs more than it gains
-SMALL_LAYER = 512 << 10  # bytes of weights that each core can hold beside the others' copies
+SMALL_LAYER = 512 << 10  # bytes of weights that each core can hold for itself
+LARGE_LAYER = 4 << 20  # bytes of weights that each core had better not read in full at every step
+HUGE_LAYER = 16 << 20  # bytes of weights that come from memory: W_ih x for several steps at once
+HUGE_HOISTED_BYTES = 4 << 20
 ROWS_IN_CACHE = 96  # rows of a group whose state and x stay in L2 from step to step
 HOIST_BELOW = 6  # rows: as many as a tile has; from there on the step's own tile is full
-HOISTED_BYTES = 128 << 10  # of z for the steps of a chunk
+HOISTED_BYTES = 256 << 10  # of z for the steps of a chunk
 KEPT_WORKSPACES, KEPT_SCRATCH = 4, 2 << 20  # how many, and up to how many bytes each, outlive their call
 
 
@@ -160,6 +164,7 @@ class Network:
         plan["counters"] = base
         plan["ranks"], plan["shares"], plan["group"] = how.ranks, how.shares, how.group
         plan["hoisted"], plan["chunk"] = how.hoisted, how.chunk
+        plan["fetch"] = self.weight_bytes // (self.sizes.L * self.sizes.D * how.shares) > L2_BYTES
         alike = how.shares == 1 and not plan["lengths"] and not plan["reset"]
         plan["whole"] = alike and self._fits_tile(min(how.group, plan["N"]))
         return np.array(list(plan.values()), np.int64)
@@ -294,15 +299,17 @@ def choose_strategy(network: Network, N: int, T: int, count: int, lengths: Array
     step = N * network.width * s.P  # multiply-adds of one step of one direction, the input product left out
     work = T * N * s.L * s.D * network.width * (s.P + s.I)
     layer_bytes = network.weight_bytes // (s.L * s.D)
-    hoisted = N < HOIST_BELOW and T > 1 and s.I > 2
+    hoisted = T > 1 and s.I > 2 and (N < HOIST_BELOW or layer_bytes > HUGE_LAYER)
     ranks, shares, group = 1, 1, N
     if count > 1 and work >= PARALLEL_WORK:
-        if s.D * N >= 2 * count and (N >= 6 * count or layer_bytes <= SMALL_LAYER):
+        full_tiles = N >= 6 * count and layer_bytes <= LARGE_LAYER
+        if s.D * N >= 2 * count and (full_tiles or layer_bytes <= SMALL_LAYER):
             ranks = count
             group = -(-N // count)
         elif step >= UNITS_WORK:
             ranks = shares = count
     group = min(group, ROWS_IN_CACHE) if layer_bytes <= SMALL_LAYER else group
     rows = N if shares > 1 else group
-    chunk = max(1, min(T, HOISTED_BYTES // (network.width * size * rows))) if hoisted else min(T, 16)
+    most = HOISTED_BYTES if layer_bytes <= HUGE_LAYER else HUGE_HOISTED_BYTES
+    chunk = max(1, min(T, most // (network.width * size * rows))) if hoisted else min(T, 16)
     return Strategy(ranks, shares, group, hoisted, chunk)

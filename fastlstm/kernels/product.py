@@ -21,6 +21,7 @@ __all__ = ["PART", "Product", "block_tables", "product_part", "record"]
 Array = NDArray[Any]
 PART: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 ROWS = 96  # in a task: x and out of 256 numbers a row stay in L2 beside the panel
+L2_BYTES = 768 << 10  # weights of a thread beyond which panels are fetched ahead
 SERIAL_WORK = 1 << 20  # multiply-adds below which a parallel region does not pay
 
 
@@ -30,20 +31,22 @@ def record(*names: str) -> np.dtype[Any]:
 
 
 PLAN = record(
-    "x", "out", "rows", "depth", "outputs", "start", "panel", "blocks", "tail", "width", "project",
+    "x", "out", "rows", "depth", "outputs", "start", "panel", "blocks", "tail", "width", "project", "fetch",
     "ranks", "counters", "scratch", "scratch_rank",
 )  # fmt: skip
 
 
 @functools.cache
 def block_tables(dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """Return shape_of[rows, main blocks, tail] and most[rows] for Numba code."""
-    cut = blocking(dtype)
+    """Return shape_of[fetching, rows, main blocks, tail] and most[rows] for Numba code."""
+    cut, found = blocking(dtype), shapes(dtype)
     most = np.array([0] + [most_blocks(dtype, rows) for rows in range(1, cut.rows + 1)])
-    shape_of = np.full((cut.rows + 1, max(most) + 1, 2), -1)
-    for i, shape in enumerate(shapes(dtype)):
+    shape_of = np.full((2, cut.rows + 1, max(most) + 1, 2), -1)
+    for i, shape in enumerate(found):
         tail = int(bool(cut.tail) and shape.blocks[-1] == cut.tail)
-        shape_of[shape.rows, len(shape.blocks) - tail, tail] = i
+        shape_of[int(shape.fetching), shape.rows, len(shape.blocks) - tail, tail] = i
+    missing = shape_of[1] < 0
+    shape_of[1][missing] = shape_of[0][missing]
     return shape_of, most
 
 
@@ -78,20 +81,22 @@ def product_part(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
         return begin, main, int(tail)
 
     @njit(**PART)
-    def product(tile, start, a, a_rows, rows, depth, panel, first, last, mains, out, out_stride):  # type: ignore[no-untyped-def]
-        """out[row, block] = start[block] + a[row] W for blocks first to last."""
+    def product(tile, start, a, a_rows, rows, depth, panel, first, last, mains, out, out_stride, fetch):  # type: ignore[no-untyped-def]
+        """out[row, block] = start[block] + a[row] W for blocks first to last; `fetch` 1: the panels are not in L2."""
         tiles, fewest, more = cut_rows(rows)
         widest = fewest + (more > 0)
-        for group in range(count_groups(first, last, mains, widest)):
+        groups = count_groups(first, last, mains, widest)
+        for group in range(groups):
             block, main, tail = block_group(group, first, last, mains, widest)
             at = block * block_width * size
+            following = block_group(group + 1, first, last, mains, widest)[0] if group + 1 < groups else block
             row = 0
             for longer in range(1, -1, -1):
                 here, count = fewest + longer, more if longer else tiles - more
                 if here > 0 and count > 0:
                     call_tile(tile, (
-                        shape_of[here, main, tail], count, start + at, a, a_rows + row * 8, depth, panel + at * depth,
-                        out + row * out_stride * size + at, out_stride,
+                        shape_of[fetch, here, main, tail], count, start + at, a, a_rows + row * 8, depth, panel + at * depth,
+                        panel + following * block_width * size * depth, out + row * out_stride * size + at, out_stride,
                     ))  # fmt: skip
                     row += here * count
 
@@ -117,7 +122,7 @@ def product_kernel(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
                 break
             rows = min(ROWS, p.rows - row0)
             a = p.x + row0 * p.depth * size
-            product(p.project, p.start, a, table, rows, p.depth, p.panel, 0, p.blocks + p.tail, p.blocks, out, p.width)
+            product(p.project, p.start, a, table, rows, p.depth, p.panel, 0, p.blocks + p.tail, p.blocks, out, p.width, p.fetch)
             for row in range(rows):
                 to = p.out + (row0 + row) * p.outputs * size
                 copy(to, out + row * p.width * size, p.outputs * size)
@@ -163,6 +168,7 @@ class Product:
             [
                 x.ctypes.data, out.ctypes.data, rows, K, outputs, self._start.ctypes.data, self._panel.ctypes.data,
                 self._cut.blocks, int(self._cut.tail_units > 0), self._width, self._project,
+                int(self._panel.nbytes > L2_BYTES),
                 ranks, base, base + 2 * LINE, per_rank,
             ],
             np.int64,

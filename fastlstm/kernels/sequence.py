@@ -48,6 +48,7 @@ PLAN = record(
     "state_width",  # numbers in a row of the state buffer of h
     "projected", "p_blocks", "p_tail",  # 1 if there is W_hr, and its blocks
     "advance", "project",  # the tiles
+    "fetch",  # 1: a thread's weights do not stay in L2
     "weights",  # (L*D, WEIGHT_FIELDS)
     "zeros",  # a row of zeros, where a product starts that has no bias
     "h", "c",  # state: (L*D, 2, N, state_width), (L*D, N, units)
@@ -106,18 +107,21 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
         widest = fewest + (more > 0)
         groups = count_groups(first, last, p.blocks, widest)
         for i in range(groups):
-            group = groups - 1 - i if q.j & 1 else i
+            backwards = q.j & 1
+            group = groups - 1 - i if backwards else i
             block, main, tail = block_group(group, first, last, p.blocks, widest)
+            following = group if i == groups - 1 else group - 1 if backwards else group + 1
+            ahead = block_group(following, first, last, p.blocks, widest)[0] * block_width * size
             unit, at = block * block_units, block * block_width * size
             row = 0
             for longer in range(1, -1, -1):
                 here, count = fewest + longer, more if longer else tiles - more
                 if here > 0 and count > 0:
                     call_tile(p.advance, (
-                        shape_of[here, main, tail], count, q.together,
+                        shape_of[p.fetch, here, main, tail], count, q.together,
                         start + row * start_stride * size + at, start_stride, q.rows * p.width * p.hoisted,
-                        a, q.a_rows + row * 8, sign * q.a_step, depth, a_panel + at * depth,
-                        h + row * p.state_width * size, p.state_width, p.P, h_panel + at * p.P,
+                        a, q.a_rows + row * 8, sign * q.a_step, depth, a_panel + at * depth, a_panel + ahead * depth,
+                        h + row * p.state_width * size, p.state_width, p.P, h_panel + at * p.P, h_panel + ahead * p.P,
                         c + (row * p.units + unit) * size, p.units,
                         to + (row * to_width + unit) * size, to_width,
                         out + unit * size, q.out_rows + row * 8, sign * q.out_step, valid - unit,
@@ -208,7 +212,7 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 set_integer(q.a_rows + rows * 8, (j if q.a_local else t) * q.a_step + n * q.a_row)
                 rows += 1
         z = q.z + (d - q.direction0) * p.chunk * q.rows * p.width * size
-        product(p.project, weight(p, k, BIAS), q.a, q.a_rows, rows, weight(p, k, DEPTH), weight(p, k, W_IH), first, last, p.blocks, z, p.width)
+        product(p.project, weight(p, k, BIAS), q.a, q.a_rows, rows, weight(p, k, DEPTH), weight(p, k, W_IH), first, last, p.blocks, z, p.width, p.fetch)
 
     @part
     def advance_share(p, q, d, first, last):  # type: ignore[no-untyped-def]
@@ -244,7 +248,7 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
         rows = count_active(p, q, t)
         h_next = h_at(p, k, 1 - ((p.parity + q.done + q.j) & 1), q.row0)
         m = q.m + (d - q.direction0) * q.rows * p.units * size
-        product(p.project, p.zeros, m, q.m_rows, rows, p.H, weight(p, k, W_HR), first, last, p.p_blocks, h_next, p.state_width)
+        product(p.project, p.zeros, m, q.m_rows, rows, p.H, weight(p, k, W_HR), first, last, p.p_blocks, h_next, p.state_width, 0)
         out = q.out + ((q.j if q.out_local else t) * q.out_step + d * q.out_direction) * size
         begin, end = first * block_width, min(last * block_width, p.P)
         for row in range(rows):

@@ -104,7 +104,7 @@ class Builder:
     def loop(
         self, count: ir.Value, body: Callable[[ir.Value, list[Vec]], list[Vec]], carried: Sequence[Vec] = ()
     ) -> list[Vec]:
-        """Emit `for k in range(count): carried = body(k, carried)` with the carried registers in registers."""
+        """Emit `for k in range(count): carried = body(k, carried)` with the carried vectors in registers."""
         b = self.ir
         entry = b.block
         head, inside, end = (b.append_basic_block(name) for name in ("head", "body", "end"))
@@ -117,8 +117,8 @@ class Builder:
         updated = body(k, [Vec(self, register) for register in registers])
         k.add_incoming(I64(0), entry)
         k.add_incoming(b.add(k, I64(1)), b.block)
-        for register, start, vec in zip(registers, carried, updated, strict=True):
-            register.add_incoming(start.values[0], entry)
+        for register, before, vec in zip(registers, carried, updated, strict=True):
+            register.add_incoming(before.values[0], entry)
             register.add_incoming(vec.values[0], b.block)
         b.branch(head)
         b.position_at_end(end)
@@ -145,6 +145,12 @@ class Pointer:
     def broadcast(self, lanes: int) -> Vec:
         """Return the one number here in every lane."""
         return self.builder.splat(self.builder.ir.load(self.value), lanes)
+
+    def prefetch(self) -> None:
+        """Ask for the cache line here, to L2."""
+        b = self.builder.ir
+        name = "llvm.prefetch.p0" if llvm.llvm_version_info[0] > 14 else "llvm.prefetch.p0i8"
+        self.builder.call(name, [b.bitcast(self.value, I8.as_pointer()), I32(0), I32(2), I32(1)], ir.VoidType())
 
     def store(self, vec: Vec) -> None:
         """Write one register here."""

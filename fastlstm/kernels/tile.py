@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -28,6 +29,7 @@ from fastlstm.kernels.simd import I1, I64, Builder, Pointer, Vec, bundle, concat
 __all__ = ["GATES", "Blocking", "Shape", "advance_kernel", "blocking", "most_blocks", "project_kernel", "shapes"]
 
 GATES = 4
+FETCHING_ROWS = 4  # tiles of fewer rows read their panels faster than they could fetch others
 CHAINS = 6  # registers of cells in lockstep: one alone waits for its own latencies, 13 ns instead of 9 with six
 
 
@@ -48,6 +50,7 @@ class Shape:
 
     rows: int
     blocks: tuple[int, ...]
+    fetching: bool = False  # whether it brings the next panel to L2: where weights do not stay there, b1024 gains 8%
 
 
 @functools.cache
@@ -72,6 +75,8 @@ def shapes(dtype: np.dtype) -> tuple[Shape, ...]:
         found += [Shape(rows, (cut.units,) * main) for main in range(1, most + 1)]
         if cut.tail:
             found += [Shape(rows, (cut.units,) * main + (cut.tail,)) for main in range(most if rows == 1 else 1)]
+        if rows >= FETCHING_ROWS:
+            found.append(Shape(rows, (cut.units,), fetching=True))
     return tuple(found)
 
 
@@ -83,9 +88,13 @@ def most_blocks(dtype: np.dtype, rows: int) -> int:
 
 
 def _multiply(
-    b: Builder, sums: list[list[Vec]], depth: ir.Value, rows: Sequence[Pointer], panels: Sequence[Pointer], widths: Sequence[int]
-) -> list[list[Vec]]:
-    """Return sums[row][vector] + sum over k of rows[row][k] * panel[k][vector]."""
+    b: Builder, sums: list[list[Vec]], depth: ir.Value, rows: Sequence[Pointer], panels: Sequence[Pointer],
+    widths: Sequence[int], ahead: Pointer | None = None,
+) -> list[list[Vec]]:  # fmt: skip
+    """Return sums[row][vector] + sum over k of rows[row][k] * panel[k][vector].
+
+    Meanwhile a cache line for each k comes to L2, from `ahead` on.
+    """
     lanes = b.lanes
 
     def step(k: ir.Value, flat: list[Vec]) -> list[Vec]:
@@ -93,6 +102,8 @@ def _multiply(
         for panel, width in zip(panels, widths, strict=True):
             line = panel + b.ir.mul(k, I64(width * lanes))
             weights += [(line + v * lanes).load(lanes) for v in range(width)]
+        if ahead is not None:
+            (ahead + b.ir.mul(k, I64(lanes))).prefetch()
         a = [(row + k).broadcast(lanes) for row in rows]
         out = list(flat)
         count = len(weights)
@@ -128,6 +139,14 @@ def _strided(b: Builder, base: Pointer, stride: ir.Value, first: ir.Value, count
     return [start + b.ir.mul(stride, I64(r)) for r in range(count)]
 
 
+def _ahead(b: Builder, shape: Shape, panel: ir.Value, depth: ir.Value, tile: ir.Value) -> Pointer | None:
+    """Return which part of the next panel this tile fetches: the first tiles of a block take a part each."""
+    if not shape.fetching:
+        return None
+    part = b.ir.select(b.ir.icmp_signed("<", tile, I64(sum(_widths(b, shape)))), tile, I64(0))
+    return b.pointer(panel) + b.ir.mul(b.ir.mul(part, depth), I64(b.lanes))
+
+
 def _widths(b: Builder, shape: Shape) -> list[int]:
     return [GATES * units // b.lanes for units in shape.blocks]
 
@@ -136,7 +155,9 @@ def _load_all(pointer: Pointer, count: int, lanes: int) -> list[Vec]:
     return [(pointer + v * lanes).load(lanes) for v in range(count)]
 
 
-def _emit_project(b: Builder, shape: Shape, tiles, start, a, a_rows, depth, panel, out, out_stride) -> None:  # type: ignore[no-untyped-def]
+def _emit_project(  # type: ignore[no-untyped-def]
+    b: Builder, shape: Shape, tiles, start, a, a_rows, depth, panel, next_panel, out, out_stride
+) -> None:
     """Emit out[row] = start + a[row] W for `tiles` tiles, one below the other.
 
     start : (4 * units,).  a : rows at `a_rows`, `depth` numbers each.  panel : (blocks, depth, 4 * units).
@@ -148,7 +169,8 @@ def _emit_project(b: Builder, shape: Shape, tiles, start, a, a_rows, depth, pane
     def tile(i: ir.Value, _: list[Vec]) -> list[Vec]:
         row0 = b.ir.mul(i, I64(shape.rows))
         sums = [_load_all(b.pointer(start), sum(widths), b.lanes)] * shape.rows
-        sums = _multiply(b, sums, depth, _rows(b, b.pointer(a), a_rows, row0, shape.rows), panels, widths)
+        ahead = _ahead(b, shape, next_panel, depth, i)
+        sums = _multiply(b, sums, depth, _rows(b, b.pointer(a), a_rows, row0, shape.rows), panels, widths, ahead)
         for row, vecs in zip(_strided(b, b.pointer(out), out_stride, row0, shape.rows), sums, strict=True):
             for v, vec in enumerate(vecs):
                 (row + v * b.lanes).store(vec)
@@ -176,14 +198,15 @@ def cell(z_i: Vec, z_f: Vec, z_g: Vec, z_o: Vec, c: Vec) -> tuple[Vec, Vec]:
 
 
 def _emit_advance(  # type: ignore[no-untyped-def]
-    b: Builder, shape: Shape, tiles, steps, start, start_stride, start_step, a, a_rows, a_step, a_depth, a_panel,
-    h, h_stride, h_depth, h_panel, c, c_stride, h_next, h_next_stride, out, out_rows, out_step, valid,
+    b: Builder, shape: Shape, tiles, steps, start, start_stride, start_step, a, a_rows, a_step, a_depth, a_panel, a_next,
+    h, h_stride, h_depth, h_panel, h_next_panel, c, c_stride, h_next, h_next_stride, out, out_rows, out_step, valid,
 ) -> None:  # fmt: skip
     """Emit steps of `tiles` tiles, one below the other.
 
     start : (rows, 4 * units), `start_stride` apart: the bias (stride 0) or z with the input product in it.
     a : rows at `a_rows`, `a_depth` numbers each (0 where the product is in `start`).
-    h : in (rows, h_depth), `h_stride` apart.  a_panel, h_panel : (blocks, depth, 4 * units).
+    h : in (rows, h_depth), `h_stride` apart.  a_panel, h_panel : (blocks, depth, 4 * units); a_next, h_next_panel : those
+    of the blocks that come after, which a fetching tile brings to L2 meanwhile.
     c : in/out (rows, units), `c_stride` apart.  h_next : out (rows, units), `h_next_stride` apart.
     out : out rows at `out_rows`; the first `valid` units of the tile are written; none where `valid` is 0.
     More than one step where the tile holds all units: from step to step `start`, `a`, `out` move by `start_step`,
@@ -202,8 +225,11 @@ def _emit_advance(  # type: ignore[no-untyped-def]
         def tile(i: ir.Value, _: list[Vec]) -> list[Vec]:
             row0 = b.ir.mul(i, I64(shape.rows))
             sums = [_load_all(p, sum(widths), b.lanes) for p in _strided(b, start_at, start_stride, row0, shape.rows)]
-            sums = _multiply(b, sums, a_depth, _rows(b, a_at, a_rows, row0, shape.rows), a_panels, widths)
-            sums = _multiply(b, sums, h_depth, _strided(b, h_read, h_stride, row0, shape.rows), h_panels, widths)
+            ahead = _ahead(b, shape, a_next, a_depth, i)
+            sums = _multiply(b, sums, a_depth, _rows(b, a_at, a_rows, row0, shape.rows), a_panels, widths, ahead)
+            ahead = _ahead(b, shape, h_next_panel, h_depth, i)
+            h_rows = _strided(b, h_read, h_stride, row0, shape.rows)
+            sums = _multiply(b, sums, h_depth, h_rows, h_panels, widths, ahead)
             _emit_cells(
                 b, shape, sums, _strided(b, b.pointer(c), c_stride, row0, shape.rows),
                 _strided(b, h_write, h_next_stride, row0, shape.rows), _rows(b, out_base, out_rows, row0, shape.rows), valid,
@@ -255,7 +281,7 @@ def _emit_cells(  # type: ignore[no-untyped-def]
 
 def project_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
     """Describe the tile that multiplies and stores: an int64 table of the shape and the arguments of `_emit_project`."""
-    tile = kernel(dtype, "project", 8, _emit_project, shapes(dtype))
+    tile = kernel(dtype, "project", 9, _emit_project, shapes(dtype))
 
     def project(table):  # type: ignore[no-untyped-def]
         tile(table)
@@ -265,7 +291,7 @@ def project_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
 
 def advance_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
     """Describe the tile that makes one step: an int64 table of the shape and the arguments of `_emit_advance`."""
-    tile = kernel(dtype, "advance", 22, _emit_advance, shapes(dtype))
+    tile = kernel(dtype, "advance", 24, _emit_advance, shapes(dtype))
 
     def advance(table):  # type: ignore[no-untyped-def]
         tile(table)

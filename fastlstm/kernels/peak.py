@@ -1,0 +1,81 @@
+"""The machine's own peak: the register tile on data in L1, on every thread at once."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from numba import carray, from_dtype, njit, types
+
+from fastlstm.checks import as_size, float_dtype
+from fastlstm.kernels.compile import entry, launcher
+from fastlstm.kernels.panels import aligned
+from fastlstm.kernels.product import PART, block_tables, record
+from fastlstm.kernels.region import SIGNATURE, run_region
+from fastlstm.kernels.team import LINE, call_tile, run_parallel, set_integer
+from fastlstm.kernels.tile import GATES, blocking, project_kernel
+
+__all__ = ["measure_peak"]
+
+DEPTH = 64  # a panel of 64 lines and its rows: at most 18 KB
+PLAN = record("project", "repeats", "scratch", "scratch_rank")
+
+
+def peak_kernel(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
+    """Describe a kernel that runs the widest tile `repeats` times in each thread's own scratch."""
+    size, rows, width = dtype.itemsize, blocking(dtype).rows, GATES * blocking(dtype).units
+    shape = int(block_tables(dtype)[0][0, rows, 1, 0])
+
+    @njit(**PART)
+    def run_tiles(p, base):  # type: ignore[no-untyped-def]
+        start = base + rows * 8
+        a = start + width * size
+        panel = a + rows * DEPTH * size
+        out = panel + DEPTH * width * size
+        for row in range(rows):
+            set_integer(base + row * 8, row * DEPTH)
+        for _ in range(p.repeats):
+            call_tile(p.project, (shape, 1, start, a, base, DEPTH, panel, panel, out, width))
+
+    def run(plan, rank):  # type: ignore[no-untyped-def]
+        p = carray(plan, 1)[0]
+        run_tiles(p, p.scratch + rank * p.scratch_rank)
+
+    return run, types.void(types.CPointer(from_dtype(PLAN)), types.int64)
+
+
+def measure_peak(dtype: object = np.float32, threads: int = 1) -> float:
+    """Return the multiply-add throughput of this machine in GFLOP/s, now.
+
+    Parameters
+    ----------
+    dtype : dtype, default float32
+        float32 or float64.
+    threads : int, default 1
+        How many run at once.
+
+    Returns
+    -------
+    float
+        The best of several rounds of a few milliseconds each.
+    """
+    dtype, threads = float_dtype(dtype), as_size("threads", threads)
+    rows, width = blocking(dtype).rows, GATES * blocking(dtype).units
+    per_rank = LINE * (2 + (rows * 8 + (width * (1 + DEPTH + rows) + rows * DEPTH) * dtype.itemsize) // LINE)
+    scratch = aligned(threads * per_rank, np.dtype(np.uint8))
+    scratch[:] = 0
+    function, serial = entry(peak_kernel, dtype), launcher(run_parallel, SIGNATURE)
+    flops, repeats, best = 2 * rows * width * DEPTH, 1000, 0.0
+    for _ in range(8):
+        plan = np.array([entry(project_kernel, dtype), repeats, scratch.ctypes.data, per_rank], np.int64)
+        begin = time.perf_counter()
+        if threads == 1 or not run_region(function, plan, threads):
+            serial(function, plan, 1)
+            ran = 1
+        else:
+            ran = threads
+        seconds = time.perf_counter() - begin
+        best = max(best, ran * repeats * flops / seconds / 1e9)
+        repeats = max(repeats, int(repeats * 4e-3 / seconds))
+    return best
