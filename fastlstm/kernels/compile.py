@@ -6,14 +6,17 @@ holds a digest of every kernel source, of the versions and of the flags.  Nothin
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
+import pickle
 import platform
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,21 @@ import numba
 import numpy as np
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
+from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
 
-__all__ = ["cache_folder", "entry", "launcher"]
+__all__ = ["HEAD", "cache_folder", "entry", "kernel_function", "parallel_region"]
+
+Description = Callable[[np.dtype[Any]], tuple[Callable[..., None], Any]]
+
+HEAD = object.__basicsize__
+"""Bytes from an array object to its field with the address of the data: first in NumPy's ABI behind the object's head.
+
+A kernel reads the address there: `array.ctypes.data` takes a microsecond, as long as a step of 32 cells in all."""
+
+_probe = np.zeros(1)
+if ctypes.c_void_p.from_address(id(_probe) + HEAD).value != _probe.ctypes.data:
+    raise ImportError("fastlstm needs CPython and a NumPy that lays out its arrays as in its documented C interface")
 
 _lock = threading.RLock()
 
@@ -72,11 +88,72 @@ def _default_folders() -> list[Path]:
     return [Path(home) / "fastlstm"] if os.path.isabs(home) else []
 
 
-class _Locator:
-    """Where numba's cache machinery keeps one function."""
+def _file(name: str) -> Path | None:
+    """Return where the machine code of a kernel is cached."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    target = hashlib.sha256(repr(cpu_target.target_context.codegen().magic_tuple()).encode()).hexdigest()[:20]
+    return folder / f"{name}-{target}.kernel"
 
-    def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
+
+def _load(path: Path) -> tuple[str, Any] | None:
+    """Return a kernel's symbol and library from the cache."""
+    try:
+        symbol, state = pickle.loads(path.read_bytes())
+        context = cpu_target.target_context
+        rtsys.initialize(context)  # the symbols of numba's run-time, which a library refers to
+        return symbol, context.codegen().unserialize_library(state)
+    except Exception:  # absent, damaged or foreign: whatever unpickling and linking raise means compiling again
+        return None
+
+
+def _save(path: Path, symbol: str, library: Any) -> None:
+    """Write a kernel to the cache: to a new file and then renamed, so that no process ever reads half of one."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    except OSError:  # a disk that has become read-only or full
+        return
+    try:
+        with os.fdopen(handle, "wb") as file:
+            pickle.dump((symbol, library.serialize_using_object_code()), file)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+@functools.cache
+def _entry(describe: Description, dtype: np.dtype[Any]) -> tuple[int, Any]:
+    path = _file(f"{describe.__name__}-{dtype}")
+    cached = None if path is None else _load(path)
+    if cached is None:
+        function, signature = describe(dtype)
+        compiled = CFunc(function, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
+        compiled.compile()
+        cached = compiled.native_name, compiled._library
+        if path is not None:
+            _save(path, *cached)
+    symbol, library = cached
+    return library.get_pointer_to_function(symbol), library
+
+
+def entry(describe: Description, dtype: np.dtype[Any]) -> int:
+    """Return the address of the compiled kernel that `describe(dtype)` gives as a function and its signature."""
+    with _lock:
+        return _entry(describe, dtype)[0]
+
+
+def kernel_function(address: int, arity: int) -> Callable[..., None]:
+    """Return a kernel as a Python function of integers, with the GIL released while it runs."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arity)(address)
+
+
+class _Locator:
+    """Where numba's own cache keeps the parallel region."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
         self._py_file = __file__
 
     def ensure_cache_path(self) -> None:
@@ -86,78 +163,50 @@ class _Locator:
         return str(self.folder)
 
     def get_source_stamp(self) -> str:
-        return self.name
+        return self.folder.name
 
     def get_disambiguator(self) -> str:
-        return self.name
+        return self.folder.name
 
 
-class _Cache(FunctionCache):
+class _RegionCache(FunctionCache):
     """Numba's function cache in our folder; whatever goes wrong with a file means compiling again."""
 
-    def __init__(self, py_func: Callable[..., Any], folder: Path, name: str):
-        locator = _Locator(folder, name)
+    def __init__(self, function: Callable[..., Any], folder: Path):
+        locator = _Locator(folder)
 
-        class Implementation(FunctionCache._impl_class):  # type: ignore[misc, name-defined]
+        class Implementation(FunctionCache._impl_class):
             def __init__(self, function: Callable[..., Any]):
                 self._lineno = function.__code__.co_firstlineno
                 self._locator = locator
-                self._filename_base = name
+                self._filename_base = function.__name__
 
         self._impl_class = Implementation
-        super().__init__(py_func)
-
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return sig, codegen.magic_tuple()
+        super().__init__(function)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # a damaged or foreign file: any error that unpickling and linking can raise
+        except Exception:  # as in `_load`
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        try:
+        with suppress(OSError):
             super().save_overload(sig, data)
-        except OSError:  # a full or read-only disk
-            return
 
 
-def _cache(py_func: Callable[..., Any], name: str) -> _Cache | None:
+@functools.cache
+def _region(function: Callable[..., Any], signature: Any) -> Any:
+    dispatcher = numba.njit(function, nogil=True, parallel=True, error_model="numpy")
     folder = cache_folder()
-    return None if folder is None else _Cache(py_func, folder, name)
-
-
-@functools.cache
-def _entry(make: Callable[[np.dtype], tuple[Any, Any]], dtype: np.dtype) -> CFunc:
-    py_func, signature = make(dtype)
-    compiled = CFunc(py_func, (signature.args, signature.return_type), {}, {"error_model": "numpy", "nopython": True})
-    cache = _cache(py_func, f"{make.__name__}-{dtype}")
-    if cache is not None:
-        compiled._cache = cache
-    compiled.compile()
-    return compiled
-
-
-def entry(make: Callable[[np.dtype], tuple[Any, Any]], dtype: np.dtype) -> int:
-    """Return the address of the compiled kernel that `make(dtype)` describes."""
-    with _lock:
-        return int(_entry(make, dtype).address)
-
-
-@functools.cache
-def _launcher(py_func: Callable[..., Any], signature: Any, parallel: bool) -> Any:
-    dispatcher = numba.njit(py_func, nogil=True, parallel=parallel, error_model="numpy")
-    name = f"{py_func.__name__}-{'parallel' if parallel else 'serial'}-{signature}"
-    cache = _cache(py_func, name.translate({ord(c): "_" for c in " (),:[]"}))
-    if cache is not None:
-        dispatcher._cache = cache
+    if folder is not None:
+        dispatcher._cache = _RegionCache(function, folder)
     dispatcher.compile(signature)
     dispatcher.disable_compile()
     return dispatcher
 
 
-def launcher(py_func: Callable[..., Any], signature: Any, parallel: bool = False) -> Any:
-    """Return a compiled function for Python, with the GIL released while it runs."""
+def parallel_region(function: Callable[..., Any], signature: Any) -> Any:
+    """Return a compiled function with a parallel region, for Python, with the GIL released while it runs."""
     with _lock:
-        return _launcher(py_func, signature, parallel)
+        return _region(function, signature)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from fastlstm import threads
-from fastlstm.kernels.compile import entry, launcher
+from fastlstm.kernels.compile import entry, kernel_function
 from fastlstm.kernels.panels import aligned, cut_columns, cut_units, pack_bias, pack_columns, pack_gates
 from fastlstm.kernels.product import L2_BYTES
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
-from fastlstm.kernels.team import LINE, run_serial, run_step
+from fastlstm.kernels.team import LINE, OBJECTS
 from fastlstm.kernels.tile import GATES, advance_kernel, blocking, most_blocks, project_kernel
 
 __all__ = ["Network", "Sizes", "Strategy", "StreamRunner"]
@@ -39,7 +37,7 @@ KEPT_WORKSPACES, KEPT_SCRATCH = 4, 2 << 20  # how many, and up to how many bytes
 class Sizes(NamedTuple):
     """Sizes of a network; names as in API.md."""
 
-    I: int  # noqa: E741
+    I: int
     H: int
     P: int
     L: int
@@ -63,14 +61,6 @@ def _address(array: Array | None) -> int:
 def _line(size: int) -> int:
     """Round a size in bytes up to whole cache lines."""
     return -(-size // LINE) * LINE
-
-
-def _writable(array: Array) -> Array:
-    """Return the array, or for a read-only one an alias of the type that the kernels were compiled for."""
-    if array.flags.writeable:
-        return array
-    memory = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
-    return np.frombuffer(memory, array.dtype).reshape(array.shape)
 
 
 class Network:
@@ -111,7 +101,8 @@ class Network:
                 rows.append(row + [0] * (len(WEIGHT_FIELDS) - len(row)))
         self._weights = np.array(rows, np.int64)
         self.weight_bytes = sum(array.nbytes for array in self._arrays)
-        self.function = entry(forward_kernel, dtype)
+        self.address = entry(forward_kernel, dtype)
+        self.run_serial = kernel_function(self.address, 2 + OBJECTS)
         plan: dict[str, int] = dict.fromkeys(PLAN.names or (), 0)
         plan |= {
             "H": sizes.H, "P": sizes.P, "L": sizes.L, "D": sizes.D,
@@ -122,10 +113,6 @@ class Network:
             "weights": _address(self._weights), "zeros": _address(self._zeros),
         }  # fmt: skip
         self._plan = plan
-        flat = numba.from_dtype(dtype)
-        integers = numba.int64, numba.int64[::1]
-        self.run_serial = launcher(run_serial, numba.void(*integers, *[flat[:, :, ::1]] * 4))
-        self.run_step = launcher(run_step, numba.void(*integers, *[flat[:, ::1]] * 2))
         self._idle: dict[tuple[Any, ...], Workspace] = {}  # of calls before, for calls like them
         self._lock = threading.Lock()
 
@@ -195,7 +182,7 @@ class Network:
             if reset is not None:
                 values |= {"reset_step": reset.strides[0], "reset_row": reset.strides[1]}
             space = Workspace(self, N, T, how, values)
-        space.run(_as_3d(_writable(x)), _as_3d(out), *state_out)
+        space.run(x, out, *state_out)
         if plain and space.buffer.nbytes <= KEPT_SCRATCH:
             self._keep(key, space)
 
@@ -214,10 +201,6 @@ class Network:
         return StreamRunner(self, N)
 
 
-def _as_3d(array: Array) -> Array:
-    return array if array.ndim == 3 else array[:, None]
-
-
 class Workspace:
     """The scratch of a call and the plan that points into it; state in buffers of its own unless the plan has them."""
 
@@ -229,6 +212,7 @@ class Workspace:
         base = _address(self.buffer)
         own = {"h": base, "c": base + h_bytes} | values
         self.plan = network.plan(base + h_bytes + c_bytes, offsets, how, **own)
+        self.plan_address = _address(self.plan)
         self._counters = self.buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
 
     def run(self, x: Array, out: Array, h_n: Array, c_n: Array) -> None:
@@ -236,9 +220,9 @@ class Workspace:
         if self.how.ranks > 1:
             self._counters[:] = 0
             self.plan[:4] = _address(x), _address(out), _address(h_n), _address(c_n)
-            if run_region(self.network.function, self.plan, self.how.ranks):
+            if run_region(self.network.address, self.plan_address, self.how.ranks):
                 return
-        self.network.run_serial(self.network.function, self.plan, x, out, h_n, c_n)
+        self.network.run_serial(self.plan_address, 0, id(x), id(out), id(h_n), id(c_n))
 
 
 class StreamRunner:
@@ -254,13 +238,13 @@ class StreamRunner:
         self._values = {"keep": 1, "N": N, "h": base, "c": base + h_bytes, "x_row": s.I, "out_row": s.P}
         self._values |= {"x_step": N * s.I, "out_step": N * s.P}
         self._space = self._workspace(1, Strategy(1, 1, N, False, 1), 0)
-        self._plan = self._space.plan
+        self._plan, self._plan_address = self._space.plan, self._space.plan_address
         self._parity = list(PLAN.names or ()).index("parity")
         self._h = self._state[:h_bytes].view(network.dtype)[: s.L * 2 * N * network.state_width]
         self._h = self._h.reshape(s.L, 2, N, network.state_width)
         self._c = self._state[h_bytes:].view(network.dtype)[: s.L * N * network.cut.padded]
         self._c = self._c.reshape(s.L, N, network.cut.padded)
-        self._function, self._run_step = network.function, network.run_step
+        self._run_serial = network.run_serial
         self._step_parallel = choose_strategy(network, N, 1, threads.get_num_threads(), None).ranks > 1
 
     def _workspace(self, T: int, how: Strategy, parity: int) -> Workspace:
@@ -271,13 +255,12 @@ class StreamRunner:
         if self._step_parallel:
             self.chunk(x, out, 1)
         else:
-            self._run_step(self._function, self._plan, x, out)
+            self._run_serial(self._plan_address, 0, id(x), id(out), 0, 0)
 
     def chunk(self, x: Array, out: Array, T: int) -> None:
         """Run T steps: x (T, N, I) -> out (T, N, P)."""
         how = choose_strategy(self.network, self.N, T, threads.get_num_threads(), None)
         parity = int(self._plan[self._parity])
-        x, out = _as_3d(_writable(x)), _as_3d(out)
         self._workspace(T, how, parity).run(x, out, x, x)
         self._plan[self._parity] = (parity + T) & 1
 
@@ -302,8 +285,8 @@ def choose_strategy(network: Network, N: int, T: int, count: int, lengths: Array
     hoisted = T > 1 and s.I > 2 and (N < HOIST_BELOW or layer_bytes > HUGE_LAYER)
     ranks, shares, group = 1, 1, N
     if count > 1 and work >= PARALLEL_WORK:
-        full_tiles = N >= 6 * count and layer_bytes <= LARGE_LAYER
-        if s.D * N >= 2 * count and (full_tiles or layer_bytes <= SMALL_LAYER):
+        full_tiles = 6 * count <= N and layer_bytes <= LARGE_LAYER
+        if 2 * count <= s.D * N and (full_tiles or layer_bytes <= SMALL_LAYER):
             ranks = count
             group = -(-N // count)
         elif step >= UNITS_WORK:

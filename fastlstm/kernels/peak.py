@@ -6,14 +6,14 @@ import time
 from typing import Any
 
 import numpy as np
-from numba import carray, from_dtype, njit, types
+from numba import carray, from_dtype, types
 
 from fastlstm.checks import as_size, float_dtype
-from fastlstm.kernels.compile import entry, launcher
+from fastlstm.kernels.compile import entry, kernel_function
 from fastlstm.kernels.panels import aligned
-from fastlstm.kernels.product import PART, block_tables, record
-from fastlstm.kernels.region import SIGNATURE, run_region
-from fastlstm.kernels.team import LINE, call_tile, run_parallel, set_integer
+from fastlstm.kernels.product import block_tables, record
+from fastlstm.kernels.region import run_region
+from fastlstm.kernels.team import LINE, OBJECTS, call_tile, set_integer
 from fastlstm.kernels.tile import GATES, blocking, project_kernel
 
 __all__ = ["measure_peak"]
@@ -27,22 +27,19 @@ def peak_kernel(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
     size, rows, width = dtype.itemsize, blocking(dtype).rows, GATES * blocking(dtype).units
     shape = int(block_tables(dtype)[0][0, rows, 1, 0])
 
-    @njit(**PART)
-    def run_tiles(p, base):  # type: ignore[no-untyped-def]
-        start = base + rows * 8
+    def run(plan, rank, x, out_object, h_n, c_n):  # type: ignore[no-untyped-def]
+        p = carray(plan, 1)[0]
+        table = p.scratch + rank * p.scratch_rank
+        start = table + rows * 8
         a = start + width * size
         panel = a + rows * DEPTH * size
         out = panel + DEPTH * width * size
         for row in range(rows):
-            set_integer(base + row * 8, row * DEPTH)
+            set_integer(table + row * 8, row * DEPTH)
         for _ in range(p.repeats):
-            call_tile(p.project, (shape, 1, start, a, base, DEPTH, panel, panel, out, width))
+            call_tile(p.project, (shape, 1, start, a, table, DEPTH, panel, panel, out, width))
 
-    def run(plan, rank):  # type: ignore[no-untyped-def]
-        p = carray(plan, 1)[0]
-        run_tiles(p, p.scratch + rank * p.scratch_rank)
-
-    return run, types.void(types.CPointer(from_dtype(PLAN)), types.int64)
+    return run, types.void(types.CPointer(from_dtype(PLAN)), *[types.int64] * (1 + OBJECTS))
 
 
 def measure_peak(dtype: object = np.float32, threads: int = 1) -> float:
@@ -65,13 +62,14 @@ def measure_peak(dtype: object = np.float32, threads: int = 1) -> float:
     per_rank = LINE * (2 + (rows * 8 + (width * (1 + DEPTH + rows) + rows * DEPTH) * dtype.itemsize) // LINE)
     scratch = aligned(threads * per_rank, np.dtype(np.uint8))
     scratch[:] = 0
-    function, serial = entry(peak_kernel, dtype), launcher(run_parallel, SIGNATURE)
+    address = entry(peak_kernel, dtype)
+    serial = kernel_function(address, 2 + OBJECTS)
     flops, repeats, best = 2 * rows * width * DEPTH, 1000, 0.0
     for _ in range(8):
         plan = np.array([entry(project_kernel, dtype), repeats, scratch.ctypes.data, per_rank], np.int64)
         begin = time.perf_counter()
-        if threads == 1 or not run_region(function, plan, threads):
-            serial(function, plan, 1)
+        if threads == 1 or not run_region(address, plan.ctypes.data, threads):
+            serial(plan.ctypes.data, 0, *[0] * OBJECTS)
             ran = 1
         else:
             ran = threads

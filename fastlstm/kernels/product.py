@@ -6,20 +6,19 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import carray, from_dtype, njit, types
+from numba import carray, from_dtype, types
 from numpy.typing import NDArray
 
 from fastlstm import threads
-from fastlstm.kernels.compile import entry, launcher
+from fastlstm.kernels.compile import entry, kernel_function
 from fastlstm.kernels.panels import aligned, cut_columns, pack_columns
-from fastlstm.kernels.region import SIGNATURE, run_region
-from fastlstm.kernels.team import LINE, call_tile, copy, next_task, run_parallel, set_integer
+from fastlstm.kernels.region import run_region
+from fastlstm.kernels.team import LINE, OBJECTS, call_tile, copy, next_task, part, set_integer
 from fastlstm.kernels.tile import GATES, blocking, most_blocks, project_kernel, shapes
 
-__all__ = ["PART", "Product", "block_tables", "product_part", "record"]
+__all__ = ["Product", "block_tables", "product_part", "record"]
 
 Array = NDArray[Any]
-PART: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 ROWS = 96  # in a task: x and out of 256 numbers a row stay in L2 beside the panel
 L2_BYTES = 768 << 10  # weights of a thread beyond which panels are fetched ahead
 SERIAL_WORK = 1 << 20  # multiply-adds below which a parallel region does not pay
@@ -58,13 +57,15 @@ def product_part(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
     block_width = GATES * blocking(dtype).units
     shape_of, most = block_tables(dtype)
 
-    @njit(**PART)
+    i = types.int64
+
+    @part(types.UniTuple(i, 3), i)
     def cut_rows(rows):  # type: ignore[no-untyped-def]
         """Return a number of tiles, their rows, and how many of them (the first) have one row more."""
         tiles = max((rows + tile_rows - 1) // tile_rows, 1)
         return tiles, rows // tiles, rows % tiles
 
-    @njit(**PART)
+    @part(i, i, i, i, i)
     def count_groups(first, last, mains, rows):  # type: ignore[no-untyped-def]
         """Return how many tiles of `rows` rows stand side by side in blocks first to last."""
         main = min(last, mains) - first
@@ -72,15 +73,15 @@ def product_part(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
         alone = last > mains and (rows > 1 or main % most[1] == 0)
         return groups + alone
 
-    @njit(**PART)
-    def block_group(i, first, last, mains, rows):  # type: ignore[no-untyped-def]
+    @part(types.UniTuple(i, 3), i, i, i, i, i)
+    def block_group(group, first, last, mains, rows):  # type: ignore[no-untyped-def]
         """Return the first block of such a tile, its main blocks, and whether it has the tail."""
-        begin = min(first + i * most[rows], mains)
+        begin = min(first + group * most[rows], mains)
         main = min(most[rows], min(last, mains) - begin)
         tail = last > mains and begin + main == mains and (main == 0 or (rows == 1 and main < most[1]))
         return begin, main, int(tail)
 
-    @njit(**PART)
+    @part(types.void, *[i] * 13)
     def product(tile, start, a, a_rows, rows, depth, panel, first, last, mains, out, out_stride, fetch):  # type: ignore[no-untyped-def]
         """out[row, block] = start[block] + a[row] W for blocks first to last; `fetch` 1: the panels are not in L2."""
         tiles, fewest, more = cut_rows(rows)
@@ -108,7 +109,7 @@ def product_kernel(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
     size = dtype.itemsize
     product = product_part(dtype)[-1]
 
-    def run(plan, rank):  # type: ignore[no-untyped-def]
+    def run(plan, rank, x, out_object, h_n, c_n):  # type: ignore[no-untyped-def]
         p = carray(plan, 1)[0]
         table = p.scratch + rank * p.scratch_rank
         out = table + ROWS * 8
@@ -127,7 +128,7 @@ def product_kernel(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
                 to = p.out + (row0 + row) * p.outputs * size
                 copy(to, out + row * p.width * size, p.outputs * size)
 
-    return run, types.void(types.CPointer(from_dtype(PLAN)), types.int64)
+    return run, types.void(types.CPointer(from_dtype(PLAN)), *[types.int64] * (1 + OBJECTS))
 
 
 class Product:
@@ -151,9 +152,9 @@ class Product:
         if bias is not None:
             self._start[: len(bias)] = bias
         self._shape, self._dtype = weight.shape, dtype
-        self._function = entry(product_kernel, dtype)
+        self._address = entry(product_kernel, dtype)
+        self._run = kernel_function(self._address, 2 + OBJECTS)
         self._project = entry(project_kernel, dtype)
-        self._serial = launcher(run_parallel, SIGNATURE)
 
     def apply(self, x: Array, out: Array) -> None:
         """Write x W^T + b to `out`: x (rows, K), out (rows, outputs), both C-contiguous and of the weight's dtype."""
@@ -173,5 +174,5 @@ class Product:
             ],
             np.int64,
         )  # fmt: skip
-        if ranks == 1 or not run_region(self._function, plan, ranks):
-            self._serial(self._function, plan, 1)
+        if ranks == 1 or not run_region(self._address, plan.ctypes.data, ranks):
+            self._run(plan.ctypes.data, 0, *[0] * OBJECTS)

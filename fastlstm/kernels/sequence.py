@@ -14,10 +14,12 @@ that stays in cache (*hoisted*); else it is part of the step's own tile.  Both a
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, from_dtype, njit, types
+from numba import carray, from_dtype, types
 
-from fastlstm.kernels.product import PART, block_tables, product_part, record
+from fastlstm.kernels.compile import HEAD
+from fastlstm.kernels.product import block_tables, product_part, record
 from fastlstm.kernels.team import (
+    OBJECTS,
     SPINS_BEFORE_STEAL,
     byte_at,
     call_tile,
@@ -29,6 +31,7 @@ from fastlstm.kernels.team import (
     integer_at,
     is_done,
     next_task,
+    part,
     record_at,
     set_integer,
     wait_for_tasks,
@@ -40,7 +43,8 @@ __all__ = ["PLAN", "SPAN", "WEIGHT_FIELDS", "forward_kernel"]
 
 # What one call is about, written by `network.py`.  Addresses in bytes, all else in numbers.
 PLAN = record(
-    "x", "out", "h_n", "c_n",  # (L*D, N, P), (L*D, N, H): `team.run_serial` writes these four
+    "x", "out",  # (T, N, I), (T, N, D*P), in steps and rows as below
+    "h_n", "c_n",  # (L*D, N, P), (L*D, N, H)
     "x_step", "x_row", "out_step", "out_row",  # strides
     "T", "N", "H", "P", "L", "D",
     "blocks", "tail",  # main blocks of hidden units; 1 if a narrow block follows
@@ -88,16 +92,16 @@ TABLES_AT = -(-SPAN.itemsize // 64) * 64
 
 
 def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
-    """Describe the forward kernel of one dtype: a function of the plan and the thread's rank."""
+    """Describe the forward kernel of one dtype: a function of the plan, the thread's rank, and array objects or 0."""
     size = dtype.itemsize
     block_units, tile_rows = blocking(dtype).units, blocking(dtype).rows
     block_width = GATES * block_units
     shape_of = block_tables(dtype)[0]
     cut_rows, count_groups, block_group, product = product_part(dtype)
-    span_at = record_at(from_dtype(SPAN))
-    part = njit(**PART)
+    P, Q, i = from_dtype(PLAN), from_dtype(SPAN), types.int64
+    span_at = record_at(Q)
 
-    @part
+    @part(types.void, P, Q, *[i] * 16)
     def step(p, q, start, start_stride, a, depth, a_panel, h, h_panel, c, to, to_width, out, valid, rows, first, last, sign):  # type: ignore[no-untyped-def]
         """Advance rows by `q.together` steps for blocks first to last; arguments as in the tile.
 
@@ -106,11 +110,11 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
         tiles, fewest, more = cut_rows(rows)
         widest = fewest + (more > 0)
         groups = count_groups(first, last, p.blocks, widest)
-        for i in range(groups):
+        for nth in range(groups):
             backwards = q.j & 1
-            group = groups - 1 - i if backwards else i
+            group = groups - 1 - nth if backwards else nth
             block, main, tail = block_group(group, first, last, p.blocks, widest)
-            following = group if i == groups - 1 else group - 1 if backwards else group + 1
+            following = group if nth == groups - 1 else group - 1 if backwards else group + 1
             ahead = block_group(following, first, last, p.blocks, widest)[0] * block_width * size
             unit, at = block * block_units, block * block_width * size
             row = 0
@@ -128,16 +132,16 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                     ))  # fmt: skip
                     row += here * count
 
-    @part
+    @part(i, P, i)
     def position(p, row):  # type: ignore[no-untyped-def]
         """Return where in the batch a row stands."""
         return integer_at(p.order + row * 8) if p.order else row
 
-    @part
+    @part(i, P, i)
     def length(p, row):  # type: ignore[no-untyped-def]
         return integer_at(p.lengths + row * 8) if p.lengths else p.T
 
-    @part
+    @part(i, P, Q, i)
     def count_active(p, q, t):  # type: ignore[no-untyped-def]
         """Return how many rows of the group reach step t: those before the first that is too short."""
         if not p.lengths:
@@ -151,24 +155,24 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 high = middle
         return low - q.row0
 
-    @part
+    @part(i, P, i, i)
     def weight(p, k, field):  # type: ignore[no-untyped-def]
         return integer_at(p.weights + (k * len(WEIGHT_FIELDS) + field) * 8)
 
-    @part
+    @part(i, P, i, i, i)
     def h_at(p, k, parity, row):  # type: ignore[no-untyped-def]
         return p.h + ((2 * k + parity) * p.N + row) * p.state_width * size
 
-    @part
+    @part(i, P, i, i)
     def c_at(p, k, row):  # type: ignore[no-untyped-def]
         return p.c + (k * p.N + row) * p.units * size
 
-    @part
+    @part(i, Q, i, i)
     def time(q, d, j):  # type: ignore[no-untyped-def]
         """Return the time of step j of the chunk in a direction."""
         return q.steps - 1 - q.done - j if d else q.done + j
 
-    @part
+    @part(types.void, P, i, i, i)
     def load_state(p, k, row, reverse):  # type: ignore[no-untyped-def]
         """Copy a row of h_0 and c_0 to both state buffers; a reset at the first step drops it."""
         n = position(p, row)
@@ -182,14 +186,14 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 copy(c, p.c_0 + (k * p.N + n) * p.H * size, p.H * size)
         copy(h_at(p, k, 1, row), h, p.state_width * size)
 
-    @part
+    @part(types.void, P, i, i, i)
     def save_state(p, k, row, steps):  # type: ignore[no-untyped-def]
         """Copy a row of the state after `steps` steps to h_n and c_n."""
         n = position(p, row)
         copy(p.h_n + (k * p.N + n) * p.P * size, h_at(p, k, (p.parity + steps) & 1, row), p.P * size)
         copy(p.c_n + (k * p.N + n) * p.H * size, c_at(p, k, row), p.H * size)
 
-    @part
+    @part(types.void, P, Q, *[i] * 8)
     def cut_state(p, q, k, t, reverse, h, h_first, h_last, c_first, c_last):  # type: ignore[no-untyped-def]
         """Zero columns of h and c in the rows whose state must not leave step t."""
         at = t if reverse else t + 1
@@ -200,9 +204,9 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 clear(h + (row * p.state_width + h_first) * size, (h_last - h_first) * size)
                 clear(c_at(p, k, q.row0 + row) + c_first * size, (c_last - c_first) * size)
 
-    @part
+    @part(types.void, P, Q, i, i, i)
     def hoist_share(p, q, d, first, last):  # type: ignore[no-untyped-def]
-        """z = bias + x W_ih^T of a chunk, rows of all its steps one after the other."""
+        """Z = bias + x W_ih^T of a chunk, rows of all its steps one after the other."""
         k = q.layer * p.D + d
         rows = 0
         for j in range(q.chunk):
@@ -214,7 +218,7 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
         z = q.z + (d - q.direction0) * p.chunk * q.rows * p.width * size
         product(p.project, weight(p, k, BIAS), q.a, q.a_rows, rows, weight(p, k, DEPTH), weight(p, k, W_IH), first, last, p.blocks, z, p.width, p.fetch)
 
-    @part
+    @part(types.void, P, Q, i, i, i)
     def advance_share(p, q, d, first, last):  # type: ignore[no-untyped-def]
         """One step of one direction for blocks first to last."""
         k = q.layer * p.D + d
@@ -240,9 +244,9 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
             begin, end = first * block_units, min(last * block_units, p.units)
             cut_state(p, q, k, t, d, h_next, begin, end, begin, end)
 
-    @part
+    @part(types.void, P, Q, i, i, i)
     def project_share(p, q, d, first, last):  # type: ignore[no-untyped-def]
-        """h = m W_hr^T of one step of one direction for blocks first to last of the outputs."""
+        """H = m W_hr^T of one step of one direction for blocks first to last of the outputs."""
         k = q.layer * p.D + d
         t = time(q, d, q.j)
         rows = count_active(p, q, t)
@@ -258,7 +262,7 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
             c_last = p.units if last == p.p_blocks + p.p_tail else 0
             cut_state(p, q, k, t, d, h_next, begin, min(last * block_width, p.state_width), 0, c_last)
 
-    @part
+    @part(types.void, P, Q, i)
     def run_share(p, q, share):  # type: ignore[no-untyped-def]
         """Do one share of a phase: of the rows, or of the blocks of all directions side by side."""
         if q.kind == LOAD or q.kind == SAVE:
@@ -288,7 +292,7 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 else:
                     project_share(p, q, d, first, last)
 
-    @part
+    @part(types.void, P, Q)
     def run_phase(p, q):  # type: ignore[no-untyped-def]
         """Do what this thread gets of a phase, its own share first, and wait for the rest."""
         for attempt in range(q.shares):
@@ -308,7 +312,7 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 is_done(p.counters, share, q.phase, -1)
             q.phase += 1
 
-    @part
+    @part(types.void, P, Q)
     def connect(p, q):  # type: ignore[no-untyped-def]
         """Say where the layer reads and writes: the user's arrays at the ends, buffers between layers."""
         q.a, q.a_step, q.a_row, q.a_local = p.x, p.x_step, p.x_row, 0
@@ -328,7 +332,7 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
             n = row if q.out_local else position(p, q.row0 + row) if q.layer == p.L - 1 else q.row0 + row
             set_integer(q.out_rows + row * 8, n * q.out_row)
 
-    @part
+    @part(types.void, P, Q)
     def run_span(p, q):  # type: ignore[no-untyped-def]
         """Run layers and directions over all steps for a group of rows."""
         q.steps = length(p, q.row0)
@@ -371,8 +375,12 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
             q.kind = SAVE
             run_phase(p, q)
 
-    def forward(plan, rank):  # type: ignore[no-untyped-def]
+    def forward(plan, rank, x, out, h_n, c_n):  # type: ignore[no-untyped-def]
         p = carray(plan, 1)[0]
+        if x:
+            p.x, p.out = integer_at(x + HEAD), integer_at(out + HEAD)
+        if h_n:
+            p.h_n, p.c_n = integer_at(h_n + HEAD), integer_at(c_n + HEAD)
         q = carray(span_at(p.scratch + rank * p.scratch_rank), 1)[0]
         q.rank, q.shares, q.phase = rank, p.shares, 0
         together = p.shares > 1  # all threads in one task
@@ -398,4 +406,4 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
         if p.ranks == 1:  # of a stream; where there are more threads the caller does it
             p.parity = (p.parity + p.T) & 1
 
-    return forward, types.void(types.CPointer(from_dtype(PLAN)), types.int64)
+    return forward, types.void(types.CPointer(P), *[i] * (1 + OBJECTS))

@@ -22,6 +22,7 @@ from fastlstm.kernels.simd import I8, I32, I64
 
 __all__ = [
     "LINE",
+    "OBJECTS",
     "SPINS_BEFORE_STEAL",
     "byte_at",
     "call_tile",
@@ -35,13 +36,12 @@ __all__ = [
     "next_task",
     "record_at",
     "run_parallel",
-    "run_serial",
-    "run_step",
     "set_integer",
     "wait_for_tasks",
 ]
 
 LINE = 64
+OBJECTS = 4  # array objects that every kernel takes behind its plan and rank: x, out, h_n, c_n
 SPINS_BEFORE_YIELD = 4096  # a power of two
 SPINS_BEFORE_STEAL = 1024  # tens of microseconds: a thread that is only late keeps its share and its cache
 
@@ -185,23 +185,28 @@ def _yield_core(typingctx):  # type: ignore[no-untyped-def]
     return types.void(), codegen
 
 
-def _part(function):  # type: ignore[no-untyped-def]
+def part(result, *arguments):  # type: ignore[no-untyped-def]
+    """Return a decorator that compiles a part of a kernel for these types alone, and without a way in from Python."""
+    return njit(result(*arguments), error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def _lazy(function):  # type: ignore[no-untyped-def]
     return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
-@_part
+@_lazy
 def claim(counters, share, phase):  # type: ignore[no-untyped-def]
     """Return whether this thread, and no other, does a share of a phase."""
     return _exchange_if(counters + (1 + 2 * share) * LINE, phase, phase + 1)
 
 
-@_part
+@_lazy
 def finish(counters, share, phase):  # type: ignore[no-untyped-def]
     """Report a share of a phase as done."""
     _store_atomic(counters + (2 + 2 * share) * LINE, phase + 1)
 
 
-@_part
+@_lazy
 def is_done(counters, share, phase, spins):  # type: ignore[no-untyped-def]
     """Return whether a share of a phase is done before this thread has looked `spins` times; -1: wait for it."""
     looked = 0
@@ -216,19 +221,19 @@ def is_done(counters, share, phase, spins):  # type: ignore[no-untyped-def]
     return True
 
 
-@_part
+@_lazy
 def next_task(counters):  # type: ignore[no-untyped-def]
     """Return the number of a task that no other thread has."""
     return _add_atomic(counters, 1)
 
 
-@_part
+@_lazy
 def finish_task(counters):  # type: ignore[no-untyped-def]
     """Report a task as done."""
     _add_atomic(counters + LINE, 1)
 
 
-@_part
+@_lazy
 def wait_for_tasks(counters, count):  # type: ignore[no-untyped-def]
     """Return once that many tasks are done."""
     looked = 0
@@ -262,32 +267,16 @@ def call_tile(typingctx, function, arguments):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _call_kernel(typingctx, function, plan, rank):  # type: ignore[no-untyped-def]
-    """Call the kernel at an address."""
+    """Call the kernel at an address; its array objects are 0."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _call(builder, args[0], args[1:])
+        _call(builder, args[0], [*args[1:], *[I64(0)] * OBJECTS])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-def run_serial(function, plan, x, out, h_n, c_n):  # type: ignore[no-untyped-def]
-    """Run a kernel on this thread; the plan begins with the addresses of these arrays."""
-    plan[0] = x.ctypes.data
-    plan[1] = out.ctypes.data
-    plan[2] = h_n.ctypes.data
-    plan[3] = c_n.ctypes.data
-    _call_kernel(function, plan.ctypes.data, 0)
-
-
-def run_step(function, plan, x, out):  # type: ignore[no-untyped-def]
-    """Run a kernel on this thread for one step of a stream; its state is in the plan's own buffers."""
-    plan[0] = x.ctypes.data
-    plan[1] = out.ctypes.data
-    _call_kernel(function, plan.ctypes.data, 0)
-
-
 def run_parallel(function, plan, ranks):  # type: ignore[no-untyped-def]
     """Run a kernel once for each rank, in one parallel region."""
     for rank in prange(ranks):
-        _call_kernel(function, plan.ctypes.data, rank)
+        _call_kernel(function, plan, rank)
