@@ -37,12 +37,13 @@ def check_flag(name: str, value: object) -> bool:
 def float_dtype(dtype: object) -> np.dtype[Any]:
     """Return float32 or float64 in the machine's byte order."""
     try:
-        found = np.dtype(cast(Any, dtype))
+        found = np.dtype(cast(Any, "None" if dtype is None else dtype))  # to NumPy None is float64
     except TypeError:
         raise TypeError(f"`dtype` must be float32 or float64, got {dtype!r}") from None
     if found not in (np.float32, np.float64):
         raise ValueError(f"`dtype` must be float32 or float64, got {found}")
-    return np.dtype(found.type)  # the canonical instance, in the machine's byte order
+    canonical: np.dtype[Any] = np.dtype(found.type)  # in the machine's byte order
+    return canonical
 
 
 def to_numpy(name: str, value: object) -> Array:

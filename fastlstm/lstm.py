@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastlstm.checks import as_array, as_bools, as_indices, as_out, as_size, check_flag, check_shape
+from fastlstm.checks import as_array, as_bools, as_indices, as_out, as_size, check_flag, check_shape, to_numpy
 from fastlstm.parameters import Layer, Setting
 
 if TYPE_CHECKING:
@@ -468,7 +468,7 @@ class Stream:
         """
         chosen: Any = slice(None)
         if rows is not None:
-            array = np.asarray(rows)
+            array = to_numpy("rows", rows)
             if array.dtype == np.bool_:
                 check_shape("rows", array, (self._batch_size,))
                 chosen = array

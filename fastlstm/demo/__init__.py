@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,7 +157,7 @@ def load_forecaster() -> Forecaster:
         facts = json.loads(file.metadata()["demo"])
     years = {name: (first, last) for name, (first, last) in facts["years"].items()}
     return Forecaster(
-        model=fastlstm.load(MODEL_PATH),
+        model=cast("Sequential", fastlstm.load(MODEL_PATH)),
         mean=facts["mean"],
         std=facts["std"],
         train_years=years["train"],

@@ -27,6 +27,8 @@ Array = NDArray[Any]
 
 _FORMAT = "1"
 _DTYPES = ("F64", "F32", "F16")
+_PYTORCH_REMEDY = "; read a file of PyTorch with `torch.load` and pass its state dict to `fastlstm.from_torch`"
+_REMEDY = "; read it with `safetensors.numpy.load_file` and pass that to `fastlstm.from_torch` with a `prefix`"
 _LAYERS: dict[str, type[LSTM] | type[Linear]] = {"LSTM": LSTM, "Linear": Linear}
 
 
@@ -137,7 +139,9 @@ def _read(path: str) -> tuple[dict[str, str], dict[str, Array]]:
                     raise ValueError(f"`{name}` must be of dtype {', '.join(_DTYPES)}, got {dtype}")
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise ValueError(f"not a .safetensors file, or a damaged one ({error})") from None
+        with open(path, "rb") as other:
+            remedy = _PYTORCH_REMEDY if other.read(4) == b"PK\x03\x04" else ""
+        raise ValueError(f"not a .safetensors file, or a damaged one ({error}){remedy}") from None
 
 
 def _from_metadata(metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> LSTM | Sequential:
@@ -189,6 +193,3 @@ def _from_names(tensors: Mapping[str, Array]) -> LSTM:
     if others:
         raise ValueError(f"holds more than an LSTM, {others[0]!r} for one{_REMEDY}")
     return from_torch(tensors)
-
-
-_REMEDY = "; read it with `safetensors.numpy.load_file` and pass that to `fastlstm.from_torch` with a `prefix`"

@@ -6,7 +6,6 @@ holds a digest of every kernel source, of the versions and of the flags.  Nothin
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import os
@@ -28,18 +27,9 @@ from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 
-__all__ = ["HEAD", "cache_folder", "entry", "kernel_function", "parallel_region"]
+__all__ = ["cache_folder", "entry", "parallel_region"]
 
-Description = Callable[[np.dtype[Any]], tuple[Callable[..., None], Any]]
-
-HEAD = object.__basicsize__
-"""Bytes from an array object to its field with the address of the data: first in NumPy's ABI behind the object's head.
-
-A kernel reads the address there: `array.ctypes.data` takes a microsecond, as long as a step of 32 cells in all."""
-
-_probe = np.zeros(1)
-if ctypes.c_void_p.from_address(id(_probe) + HEAD).value != _probe.ctypes.data:
-    raise ImportError("fastlstm needs CPython and a NumPy that lays out its arrays as in its documented C interface")
+Description = Callable[[Any], tuple[Callable[..., Any], Any]]
 
 _lock = threading.RLock()
 
@@ -124,7 +114,7 @@ def _save(path: Path, symbol: str, library: Any) -> None:
 
 
 @functools.cache
-def _entry(describe: Description, dtype: np.dtype[Any]) -> tuple[int, Any]:
+def _entry(describe: Description, dtype: np.dtype[Any] | None) -> tuple[int, Any]:
     path = _file(f"{describe.__name__}-{dtype}")
     cached = None if path is None else _load(path)
     if cached is None:
@@ -138,15 +128,10 @@ def _entry(describe: Description, dtype: np.dtype[Any]) -> tuple[int, Any]:
     return library.get_pointer_to_function(symbol), library
 
 
-def entry(describe: Description, dtype: np.dtype[Any]) -> int:
+def entry(describe: Description, dtype: np.dtype[Any] | None = None) -> int:
     """Return the address of the compiled kernel that `describe(dtype)` gives as a function and its signature."""
     with _lock:
         return _entry(describe, dtype)[0]
-
-
-def kernel_function(address: int, arity: int) -> Callable[..., None]:
-    """Return a kernel as a Python function of integers, with the GIL released while it runs."""
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arity)(address)
 
 
 class _Locator:

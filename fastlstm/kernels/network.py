@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlstm import threads
-from fastlstm.kernels.compile import entry, kernel_function
+from fastlstm.kernels.call import bind
+from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import aligned, cut_columns, cut_units, pack_bias, pack_columns, pack_gates
 from fastlstm.kernels.product import L2_BYTES
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
-from fastlstm.kernels.team import LINE, OBJECTS
+from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import GATES, advance_kernel, blocking, most_blocks, project_kernel
 
 __all__ = ["Network", "Sizes", "Strategy", "StreamRunner"]
@@ -101,11 +102,9 @@ class Network:
                 rows.append(row + [0] * (len(WEIGHT_FIELDS) - len(row)))
         self._weights = np.array(rows, np.int64)
         self.weight_bytes = sum(array.nbytes for array in self._arrays)
-        self.address = entry(forward_kernel, dtype)
-        self.run_serial = kernel_function(self.address, 2 + OBJECTS)
         plan: dict[str, int] = dict.fromkeys(PLAN.names or (), 0)
         plan |= {
-            "H": sizes.H, "P": sizes.P, "L": sizes.L, "D": sizes.D,
+            "kernel": entry(forward_kernel, dtype), "H": sizes.H, "P": sizes.P, "L": sizes.L, "D": sizes.D,
             "blocks": self.cut.blocks, "tail": int(self.cut.tail_units > 0), "units": self.cut.padded,
             "width": self.width, "state_width": self.state_width, "projected": int(self.projected),
             "p_blocks": self.p_cut.blocks, "p_tail": int(self.p_cut.tail_units > 0),
@@ -212,17 +211,17 @@ class Workspace:
         base = _address(self.buffer)
         own = {"h": base, "c": base + h_bytes} | values
         self.plan = network.plan(base + h_bytes + c_bytes, offsets, how, **own)
-        self.plan_address = _address(self.plan)
+        self.run_serial = bind(self.plan)
         self._counters = self.buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
 
     def run(self, x: Array, out: Array, h_n: Array, c_n: Array) -> None:
         """Run the plan in a parallel region, or on this thread where one is not wanted or not to be had."""
         if self.how.ranks > 1:
             self._counters[:] = 0
-            self.plan[:4] = _address(x), _address(out), _address(h_n), _address(c_n)
-            if run_region(self.network.address, self.plan_address, self.how.ranks):
+            self.plan[1:5] = _address(x), _address(out), _address(h_n), _address(c_n)
+            if run_region(self.plan, self.how.ranks):
                 return
-        self.network.run_serial(self.plan_address, 0, id(x), id(out), id(h_n), id(c_n))
+        self.run_serial(x, out, h_n, c_n)
 
 
 class StreamRunner:
@@ -238,31 +237,26 @@ class StreamRunner:
         self._values = {"keep": 1, "N": N, "h": base, "c": base + h_bytes, "x_row": s.I, "out_row": s.P}
         self._values |= {"x_step": N * s.I, "out_step": N * s.P}
         self._space = self._workspace(1, Strategy(1, 1, N, False, 1), 0)
-        self._plan, self._plan_address = self._space.plan, self._space.plan_address
+        self._plan = self._space.plan
         self._parity = list(PLAN.names or ()).index("parity")
         self._h = self._state[:h_bytes].view(network.dtype)[: s.L * 2 * N * network.state_width]
         self._h = self._h.reshape(s.L, 2, N, network.state_width)
         self._c = self._state[h_bytes:].view(network.dtype)[: s.L * N * network.cut.padded]
         self._c = self._c.reshape(s.L, N, network.cut.padded)
-        self._run_serial = network.run_serial
-        self._step_parallel = choose_strategy(network, N, 1, threads.get_num_threads(), None).ranks > 1
+        parallel = choose_strategy(network, N, 1, threads.get_num_threads(), None).ranks > 1
+        self.step = self.chunk if parallel else self._space.run_serial
+        """Run one step, x (N, I) -> out (N, P), and return out."""
 
     def _workspace(self, T: int, how: Strategy, parity: int) -> Workspace:
         return Workspace(self.network, self.N, T, how, self._values | {"T": T, "parity": parity})
 
-    def step(self, x: Array, out: Array) -> None:
-        """Run one step: x (N, I) -> out (N, P)."""
-        if self._step_parallel:
-            self.chunk(x, out, 1)
-        else:
-            self._run_serial(self._plan_address, 0, id(x), id(out), 0, 0)
-
-    def chunk(self, x: Array, out: Array, T: int) -> None:
-        """Run T steps: x (T, N, I) -> out (T, N, P)."""
+    def chunk(self, x: Array, out: Array, T: int = 1) -> Array:
+        """Run T steps, x (T, N, I) -> out (T, N, P), and return out."""
         how = choose_strategy(self.network, self.N, T, threads.get_num_threads(), None)
         parity = int(self._plan[self._parity])
         self._workspace(T, how, parity).run(x, out, x, x)
         self._plan[self._parity] = (parity + T) & 1
+        return out
 
     def state(self) -> tuple[Array, Array]:
         """Return copies of h (L, N, P) and c (L, N, H)."""

@@ -9,7 +9,8 @@ import numpy as np
 from numba import carray, from_dtype, types
 
 from fastlstm.checks import as_size, float_dtype
-from fastlstm.kernels.compile import entry, kernel_function
+from fastlstm.kernels.call import bind
+from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import aligned
 from fastlstm.kernels.product import block_tables, record
 from fastlstm.kernels.region import run_region
@@ -19,7 +20,7 @@ from fastlstm.kernels.tile import GATES, blocking, project_kernel
 __all__ = ["measure_peak"]
 
 DEPTH = 64  # a panel of 64 lines and its rows: at most 18 KB
-PLAN = record("project", "repeats", "scratch", "scratch_rank")
+PLAN = record("kernel", "project", "repeats", "scratch", "scratch_rank")
 
 
 def peak_kernel(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
@@ -62,14 +63,13 @@ def measure_peak(dtype: object = np.float32, threads: int = 1) -> float:
     per_rank = LINE * (2 + (rows * 8 + (width * (1 + DEPTH + rows) + rows * DEPTH) * dtype.itemsize) // LINE)
     scratch = aligned(threads * per_rank, np.dtype(np.uint8))
     scratch[:] = 0
-    address = entry(peak_kernel, dtype)
-    serial = kernel_function(address, 2 + OBJECTS)
+    kernel, project = entry(peak_kernel, dtype), entry(project_kernel, dtype)
     flops, repeats, best = 2 * rows * width * DEPTH, 1000, 0.0
     for _ in range(8):
-        plan = np.array([entry(project_kernel, dtype), repeats, scratch.ctypes.data, per_rank], np.int64)
+        plan = np.array([kernel, project, repeats, scratch.ctypes.data, per_rank], np.int64)
         begin = time.perf_counter()
-        if threads == 1 or not run_region(address, plan.ctypes.data, threads):
-            serial(plan.ctypes.data, 0, *[0] * OBJECTS)
+        if threads == 1 or not run_region(plan, threads):
+            bind(plan)(plan, plan)
             ran = 1
         else:
             ran = threads

@@ -10,7 +10,8 @@ from numba import carray, from_dtype, types
 from numpy.typing import NDArray
 
 from fastlstm import threads
-from fastlstm.kernels.compile import entry, kernel_function
+from fastlstm.kernels.call import bind
+from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import aligned, cut_columns, pack_columns
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.team import LINE, OBJECTS, call_tile, copy, next_task, part, set_integer
@@ -30,7 +31,7 @@ def record(*names: str) -> np.dtype[Any]:
 
 
 PLAN = record(
-    "x", "out", "rows", "depth", "outputs", "start", "panel", "blocks", "tail", "width", "project", "fetch",
+    "kernel", "x", "out", "rows", "depth", "outputs", "start", "panel", "blocks", "tail", "width", "project", "fetch",
     "ranks", "counters", "scratch", "scratch_rank",
 )  # fmt: skip
 
@@ -153,7 +154,6 @@ class Product:
             self._start[: len(bias)] = bias
         self._shape, self._dtype = weight.shape, dtype
         self._address = entry(product_kernel, dtype)
-        self._run = kernel_function(self._address, 2 + OBJECTS)
         self._project = entry(project_kernel, dtype)
 
     def apply(self, x: Array, out: Array) -> None:
@@ -167,12 +167,12 @@ class Product:
         base = buffer.ctypes.data
         plan = np.array(
             [
-                x.ctypes.data, out.ctypes.data, rows, K, outputs, self._start.ctypes.data, self._panel.ctypes.data,
+                self._address, x.ctypes.data, out.ctypes.data, rows, K, outputs, self._start.ctypes.data, self._panel.ctypes.data,
                 self._cut.blocks, int(self._cut.tail_units > 0), self._width, self._project,
                 int(self._panel.nbytes > L2_BYTES),
                 ranks, base, base + 2 * LINE, per_rank,
             ],
             np.int64,
         )  # fmt: skip
-        if ranks == 1 or not run_region(self._address, plan.ctypes.data, ranks):
-            self._run(plan.ctypes.data, 0, *[0] * OBJECTS)
+        if ranks == 1 or not run_region(plan, ranks):
+            bind(plan)(x, out)

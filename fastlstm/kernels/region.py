@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numba
+import numpy as np
+from numpy.typing import NDArray
 
 from fastlstm import threads
 from fastlstm.kernels.compile import parallel_region
@@ -10,8 +12,8 @@ from fastlstm.kernels.team import run_parallel
 
 __all__ = ["run_region"]
 
-def run_region(kernel: int, plan: int, ranks: int) -> bool:
-    """Run the kernel at an address, with the plan at another, once for each rank, in a parallel region; return False where none is to be had.
+def run_region(plan: NDArray[np.int64], ranks: int) -> bool:
+    """Run a plan once for each rank, in a parallel region; return False where none is to be had.
 
     Numba's workqueue aborts the process when two threads enter regions at once, and GNU OpenMP does not survive a fork:
     one region at a time, and none in a forked child.
@@ -19,7 +21,7 @@ def run_region(kernel: int, plan: int, ranks: int) -> bool:
     if not threads.may_run_parallel() or not threads.region.acquire(blocking=False):
         return False
     try:
-        parallel_region(run_parallel, numba.void(numba.int64, numba.int64, numba.int64))(kernel, plan, ranks)
+        parallel_region(run_parallel, numba.void(numba.int64, numba.int64))(plan.ctypes.data, ranks)
     finally:
         threads.region.release()
     return True

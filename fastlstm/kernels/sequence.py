@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, from_dtype, types
 
-from fastlstm.kernels.compile import HEAD
+from fastlstm.kernels.call import HEAD
 from fastlstm.kernels.product import block_tables, product_part, record
 from fastlstm.kernels.team import (
     OBJECTS,
@@ -43,6 +43,7 @@ __all__ = ["PLAN", "SPAN", "WEIGHT_FIELDS", "forward_kernel"]
 
 # What one call is about, written by `network.py`.  Addresses in bytes, all else in numbers.
 PLAN = record(
+    "kernel",
     "x", "out",  # (T, N, I), (T, N, D*P), in steps and rows as below
     "h_n", "c_n",  # (L*D, N, P), (L*D, N, H)
     "x_step", "x_row", "out_step", "out_row",  # strides

@@ -25,6 +25,7 @@ __all__ = [
     "OBJECTS",
     "SPINS_BEFORE_STEAL",
     "byte_at",
+    "call_kernel",
     "call_tile",
     "claim",
     "clear",
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 LINE = 64
-OBJECTS = 4  # array objects that every kernel takes behind its plan and rank: x, out, h_n, c_n
+OBJECTS = 4  # array objects that every kernel takes behind its plan and rank: x, out, h_n, c_n; or 0
 SPINS_BEFORE_YIELD = 4096  # a power of two
 SPINS_BEFORE_STEAL = 1024  # tens of microseconds: a thread that is only late keeps its share and its cache
 
@@ -266,17 +267,17 @@ def call_tile(typingctx, function, arguments):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _call_kernel(typingctx, function, plan, rank):  # type: ignore[no-untyped-def]
-    """Call the kernel at an address; its array objects are 0."""
+def call_kernel(typingctx, kernel, plan, rank, x, out, h_n, c_n):  # type: ignore[no-untyped-def]
+    """Call the kernel at an address, with a plan at another and array objects, or 0 where the plan has the addresses."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _call(builder, args[0], [*args[1:], *[I64(0)] * OBJECTS])
+        _call(builder, args[0], args[1:])
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), codegen
+    return types.void(*[types.int64] * 7), codegen
 
 
-def run_parallel(function, plan, ranks):  # type: ignore[no-untyped-def]
-    """Run a kernel once for each rank, in one parallel region."""
+def run_parallel(plan, ranks):  # type: ignore[no-untyped-def]
+    """Run a plan once for each rank, in one parallel region; its first field is the kernel's address."""
     for rank in prange(ranks):
-        _call_kernel(function, plan, rank)
+        call_kernel(integer_at(plan), plan, rank, 0, 0, 0, 0)
