@@ -68,7 +68,7 @@ def to_numpy(name: str, value: object) -> Array:
 def as_array(name: str, value: object, dtype: np.dtype[Any]) -> Array:
     """Return a C-contiguous, aligned array of the dtype; a copy only where the value is not one already."""
     array = value if type(value) is np.ndarray else to_numpy(name, value)
-    if array.dtype is dtype and array.flags.c_contiguous and array.flags.aligned:
+    if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
         return array  # 0.2 us where the rest takes 1.4
     if array.dtype != dtype and not np.can_cast(array.dtype, dtype, "same_kind"):
         raise TypeError(f"`{name}` must be of a dtype that casts to {dtype} ('same_kind'), got {array.dtype}")

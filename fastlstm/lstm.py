@@ -414,12 +414,10 @@ class Stream:
                 out is None
                 and type(x) is np.ndarray
                 and x.shape == self._x_shape
-                and x.dtype is self._dtype
+                and x.dtype == self._dtype
                 and x.flags.carray
             ):
-                out = np.empty(self._y_shape, self._dtype)
-                self._step(x, out)
-                return out
+                return self._step(x, np.empty(self._y_shape, self._dtype))
             return self._run(x, out)
 
     def _run(self, x: object, out: Array | None) -> Array:
@@ -434,9 +432,9 @@ class Stream:
             out = as_out(out, shape, self._dtype, "(N, P)" if array.ndim == 2 else "(T, N, P)")
             if np.may_share_memory(array, out):
                 array = array.copy()
-        if array.size:
-            self._runner.chunk(array, out, 1 if array.ndim == 2 else len(array))
-        return out
+        if array.ndim == 2:
+            return self._step(array, out)
+        return self._runner.chunk(array, out, len(array)) if len(array) else out
 
     @property
     def state(self) -> State:

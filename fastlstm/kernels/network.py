@@ -24,8 +24,8 @@ __all__ = ["Network", "Sizes", "Strategy", "StreamRunner"]
 Array = NDArray[Any]
 
 PARALLEL_WORK = 2 << 20  # multiply-adds of a call below which a parallel region does not pay
-UNITS_WORK = 48 << 10  # multiply-adds of a step below which the team's barrier costs more than it gains
-SMALL_LAYER = 512 << 10  # bytes of weights that each core can hold for itself
+UNITS_WORK = 16 << 10  # multiply-adds of a step below which the team's barrier costs more than it gains
+SMALL_LAYER = 256 << 10  # bytes of weights that each core can hold for itself
 LARGE_LAYER = 4 << 20  # bytes of weights that each core had better not read in full at every step
 HUGE_LAYER = 16 << 20  # bytes of weights that come from memory: W_ih x for several steps at once
 HUGE_HOISTED_BYTES = 4 << 20
@@ -50,7 +50,7 @@ class Strategy(NamedTuple):
 
     ranks: int  # threads
     shares: int  # 1: each thread takes groups of rows; else each phase is cut in this many shares of the blocks
-    group: int  # rows that one thread takes at a time
+    groups: int  # of rows, as equal as can be; at most N
     hoisted: bool  # W_ih x for a chunk of steps at once
     chunk: int  # steps
 
@@ -130,7 +130,7 @@ class Network:
     def scratch_bytes(self, N: int, T: int, how: Strategy) -> tuple[int, dict[str, int]]:
         """Return the size of the scratch of a call and where its parts lie."""
         s, size = self.sizes, self.dtype.itemsize
-        rows = N if how.shares > 1 else min(how.group, N)
+        rows = N if how.shares > 1 else -(-N // how.groups)
         directions = s.D if how.shares > 1 else 1
         z_at = _line(TABLES_AT + (how.chunk + 2) * rows * 8)
         between_at = z_at + _line(directions * how.chunk * rows * self.width * size if how.hoisted else 0)
@@ -148,11 +148,11 @@ class Network:
         plan["scratch"] += base
         plan["middle"] += base
         plan["counters"] = base
-        plan["ranks"], plan["shares"], plan["group"] = how.ranks, how.shares, how.group
+        plan["ranks"], plan["shares"], plan["groups"] = how.ranks, how.shares, how.groups
         plan["hoisted"], plan["chunk"] = how.hoisted, how.chunk
         plan["fetch"] = self.weight_bytes // (self.sizes.L * self.sizes.D * how.shares) > L2_BYTES
         alike = how.shares == 1 and not plan["lengths"] and not plan["reset"]
-        plan["whole"] = alike and self._fits_tile(min(how.group, plan["N"]))
+        plan["whole"] = alike and self._fits_tile(-(-plan["N"] // how.groups))
         return np.array(list(plan.values()), np.int64)
 
     def forward(
@@ -173,6 +173,8 @@ class Network:
         space = self._take(key) if plain else None
         if space is None:
             how = how or choose_strategy(self, N, T, threads_now, lengths)
+            if order is not None and lengths is not None and how.shares == 1 and how.groups > 1:
+                order, lengths = deal_rows(order, lengths, how.groups)
             values = {
                 "T": T, "N": N, "x_step": strides[0], "x_row": strides[1], "out_step": strides[2],
                 "out_row": strides[3], "h_0": _address(state_in[0]), "c_0": _address(state_in[1]),
@@ -236,7 +238,8 @@ class StreamRunner:
         base = _address(self._state)
         self._values = {"keep": 1, "N": N, "h": base, "c": base + h_bytes, "x_row": s.I, "out_row": s.P}
         self._values |= {"x_step": N * s.I, "out_step": N * s.P}
-        self._space = self._workspace(1, Strategy(1, 1, N, False, 1), 0)
+        self._space = self._workspace(1, Strategy(1, 1, 1, False, 1))
+        self._chunk, self._chunk_key = self._space, (0, 0)  # of the chunk before
         self._plan = self._space.plan
         self._parity = list(PLAN.names or ()).index("parity")
         self._h = self._state[:h_bytes].view(network.dtype)[: s.L * 2 * N * network.state_width]
@@ -247,14 +250,18 @@ class StreamRunner:
         self.step = self.chunk if parallel else self._space.run_serial
         """Run one step, x (N, I) -> out (N, P), and return out."""
 
-    def _workspace(self, T: int, how: Strategy, parity: int) -> Workspace:
-        return Workspace(self.network, self.N, T, how, self._values | {"T": T, "parity": parity})
+    def _workspace(self, T: int, how: Strategy) -> Workspace:
+        return Workspace(self.network, self.N, T, how, self._values | {"T": T})
 
     def chunk(self, x: Array, out: Array, T: int = 1) -> Array:
         """Run T steps, x (T, N, I) -> out (T, N, P), and return out."""
-        how = choose_strategy(self.network, self.N, T, threads.get_num_threads(), None)
-        parity = int(self._plan[self._parity])
-        self._workspace(T, how, parity).run(x, out, x, x)
+        key = T, threads.get_num_threads()
+        if key != self._chunk_key:
+            how = choose_strategy(self.network, self.N, *key, None)
+            self._chunk_key, self._chunk = key, self._workspace(T, how)
+        parity = self._plan[self._parity]
+        self._chunk.plan[self._parity] = parity
+        self._chunk.run(x, out, x, x)
         self._plan[self._parity] = (parity + T) & 1
         return out
 
@@ -274,19 +281,33 @@ def choose_strategy(network: Network, N: int, T: int, count: int, lengths: Array
     """Choose how a call is shared out among at most `count` threads; the numbers are from `benchmarks/peers.py`."""
     s, size = network.sizes, network.dtype.itemsize
     step = N * network.width * s.P  # multiply-adds of one step of one direction, the input product left out
-    work = T * N * s.L * s.D * network.width * (s.P + s.I)
+    work = network.width * (s.P + s.I) * s.L * s.D * (T * N if lengths is None else int(lengths.sum()))
     layer_bytes = network.weight_bytes // (s.L * s.D)
     hoisted = T > 1 and s.I > 2 and (N < HOIST_BELOW or layer_bytes > HUGE_LAYER)
-    ranks, shares, group = 1, 1, N
+    ranks = shares = groups = 1
     if count > 1 and work >= PARALLEL_WORK:
-        full_tiles = 6 * count <= N and layer_bytes <= LARGE_LAYER
-        if 2 * count <= s.D * N and (full_tiles or layer_bytes <= SMALL_LAYER):
-            ranks = count
-            group = -(-N // count)
+        full_tiles = N >= 6 * count and layer_bytes <= LARGE_LAYER
+        if s.D * N >= count and (full_tiles or layer_bytes <= SMALL_LAYER or s.D >= count):
+            ranks, groups = count, -(-count // s.D)
         elif step >= UNITS_WORK:
             ranks = shares = count
-    group = min(group, ROWS_IN_CACHE) if layer_bytes <= SMALL_LAYER else group
-    rows = N if shares > 1 else group
+    if layer_bytes <= SMALL_LAYER:
+        groups = max(groups, -(-N // ROWS_IN_CACHE))
+    groups = min(groups, N)
+    rows = N if shares > 1 else -(-N // groups)
     most = HOISTED_BYTES if layer_bytes <= HUGE_LAYER else HUGE_HOISTED_BYTES
     chunk = max(1, min(T, most // (network.width * size * rows))) if hoisted else min(T, 16)
-    return Strategy(ranks, shares, group, hoisted, chunk)
+    return Strategy(ranks, shares, groups, hoisted, chunk)
+
+
+def deal_rows(order: Array, lengths: Array, groups: int) -> tuple[Array, Array]:
+    """Return rows and lengths, both by falling length, dealt to groups like cards, so that each has as much work.
+
+    Group g is N g / groups to N (g + 1) / groups of what comes back, again by falling length.
+    """
+    N = len(order)
+    starts = N * np.arange(groups + 1) // groups
+    group = np.repeat(np.arange(groups), np.diff(starts))
+    dealt = np.empty(N, np.int64)
+    dealt[np.lexsort((group, np.arange(N) - starts[group]))] = np.arange(N)
+    return order[dealt], lengths[dealt]

@@ -65,7 +65,7 @@ PLAN = record(
     "middle",  # two buffers (T, N, 2P) between the layers of a bidirectional network
     "hoisted", "chunk",  # 1: the input product is hoisted; steps in a chunk
     "whole",  # 1: one tile holds all hidden units and no row differs from another, so that it can make many steps
-    "group",  # rows that one thread takes at a time
+    "groups",  # of rows, each taken by one thread as a whole
     "ranks", "shares", "counters",  # threads; shares of a phase (1: the rows are shared out); the team's counters
     "scratch", "scratch_rank",  # for each rank `scratch_rank` bytes: a SPAN, row tables, and at
     "z_at", "between_at", "m_at",  # z of a chunk, outputs between layers, outputs before the projection
@@ -385,9 +385,9 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
         q = carray(span_at(p.scratch + rank * p.scratch_rank), 1)[0]
         q.rank, q.shares, q.phase = rank, p.shares, 0
         together = p.shares > 1  # all threads in one task
-        group = p.N if together else p.group
+        groups = 1 if together else p.groups
         directions = 1 if together else p.D  # that are tasks of their own
-        tasks_of_span = (p.N + group - 1) // group * directions
+        tasks_of_span = groups * directions
         tasks = tasks_of_span * (1 if p.D == 1 else p.L)
         task = -1
         while True:
@@ -399,8 +399,9 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 wait_for_tasks(p.counters, layer * tasks_of_span)
             q.layer0, q.layer1 = (0, p.L) if p.D == 1 else (layer, layer + 1)
             q.direction0, q.direction1 = within % directions, (within % directions + 1 if directions == p.D else p.D)
-            q.row0 = within // directions * group
-            q.rows = min(group, p.N - q.row0)
+            group = within // directions
+            q.row0 = p.N * group // groups
+            q.rows = p.N * (group + 1) // groups - q.row0
             run_span(p, q)
             if p.ranks > 1 and not together:
                 finish_task(p.counters)
