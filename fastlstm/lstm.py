@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -381,7 +381,7 @@ class Stream:
     def _start(self, h: Array | None, c: Array | None) -> None:
         self._params = self._lstm._params
         self._runner = self._lstm._packed_weights().stream(self._batch_size)
-        self._step = self._runner.step
+        self._step: Callable[[Array, Array], Array] = self._runner.step
         self._x_shape = (self._batch_size, self._lstm.input_size)
         self._y_shape = (self._batch_size, self._lstm._output_size)
         self._dtype = self._lstm.dtype

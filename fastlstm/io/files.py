@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import shutil
@@ -34,10 +33,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         As `open` would.
     """
     target = os.path.realpath(path)
-    if os.path.isdir(target):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if os.path.exists(target) and not os.path.isfile(target):
-        with open(target, "wb") as file:
+        with open(path, "wb") as file:
             yield file
         return
     temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp")

@@ -114,10 +114,8 @@ def _reduce(x: Vec, factor: int) -> tuple[Vec, Vec, Vec]:
     shifted = fma(x, factor / np.log(2.0), e.round_to_integer)
     n = shifted - e.round_to_integer
     x = -x if factor == -1 else x * float(factor)
-    if x.builder.fused and e.one_ln2:
-        r = fma(n, -np.log(2.0), x)
-    else:
-        r = fma(n, -e.ln2_low, fma(n, -e.ln2_high, x))
+    one = x.builder.fused and e.one_ln2
+    r = fma(n, -np.log(2.0), x) if one else fma(n, -e.ln2_low, fma(n, -e.ln2_high, x))
     s = ((shifted.bits() << e.mantissa_bits) + (e.exponent_bias << e.mantissa_bits)).numbers()
     return s, r, _polynomial(e.coefficients, r)
 

@@ -1,7 +1,8 @@
 """Calling a kernel from Python in a tenth of a microsecond.
 
-A call through ctypes takes half a microsecond and one through a Numba dispatcher a third, as long as a step of 32 cells.
-So a kernel is made a built-in function here, as C extensions make them: bound to its plan, called with array objects.
+A call through ctypes takes half a microsecond and one through a Numba dispatcher a third: as long as a step of 32
+cells.  So a kernel is made a built-in function here, as C extensions make them: bound to its plan, called with array
+objects.
 The address of an array's data is the first field behind the object's head in NumPy's documented C interface.
 """
 
@@ -52,8 +53,8 @@ def _python(name: str, result: ir.Type, *arguments: ir.Type) -> Any:
     """Return an intrinsic that calls a function of CPython's C interface; pointers are integers."""
 
     @intrinsic
-    def call(typingctx, argument):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def call(typingctx, argument):
+        def codegen(context, builder, signature, args):
             function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
             value = builder.call(function, args[: len(arguments)])
             return value if result is I64 else I64(0)
@@ -68,13 +69,13 @@ _take_gil = _python("PyEval_RestoreThread", ir.VoidType(), I64)
 _add_reference = _python("Py_IncRef", ir.VoidType(), I64)
 
 
-def builtin_kernel(_: None):  # type: ignore[no-untyped-def]
+def builtin_kernel(_: None):
     """Describe the built-in function: of the plan, whose first field is the kernel's address, and of array objects.
 
     It takes the address and the number of its arguments, two or four, and returns the second, the output.
     """
 
-    def builtin(plan, arguments, count):  # type: ignore[no-untyped-def]
+    def builtin(plan, arguments, count):
         plan = integer_at(plan + HEAD)
         x, out = integer_at(arguments), integer_at(arguments + 8)
         h_n, c_n = 0, 0

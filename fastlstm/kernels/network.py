@@ -30,7 +30,7 @@ LARGE_LAYER = 4 << 20  # bytes of weights that each core had better not read in 
 HUGE_LAYER = 16 << 20  # bytes of weights that come from memory: W_ih x for several steps at once
 HUGE_HOISTED_BYTES = 4 << 20
 ROWS_IN_CACHE = 96  # rows of a group whose state and x stay in L2 from step to step
-HOIST_BELOW = 6  # rows: as many as a tile has; from there on the step's own tile is full
+MIN_FULL = 6  # rows: as many as a tile has; from there on the step's own tile is full
 HOISTED_BYTES = 256 << 10  # of z for the steps of a chunk
 KEPT_WORKSPACES, KEPT_SCRATCH = 4, 2 << 20  # how many, and up to how many bytes each, outlive their call
 
@@ -142,7 +142,7 @@ class Network:
         offsets |= {"scratch": counters, "middle": counters + how.ranks * per_rank}
         return counters + how.ranks * per_rank + middle, offsets
 
-    def plan(self, base: int, offsets: Mapping[str, int], how: Strategy, **values: int) -> Array:
+    def plan(self, base: int, offsets: dict[str, int], how: Strategy, **values: int) -> Array:
         """Return the plan of a call with a scratch at an address."""
         plan = self._plan | offsets | values
         plan["scratch"] += base
@@ -205,7 +205,7 @@ class Network:
 class Workspace:
     """The scratch of a call and the plan that points into it; state in buffers of its own unless the plan has them."""
 
-    def __init__(self, network: Network, N: int, T: int, how: Strategy, values: Mapping[str, int]) -> None:
+    def __init__(self, network: Network, N: int, T: int, how: Strategy, values: dict[str, int]) -> None:
         self.network, self.how = network, how
         h_bytes, c_bytes = (0, 0) if "h" in values else network.state_bytes(N)
         scratch_bytes, offsets = network.scratch_bytes(N, T, how)
@@ -283,11 +283,11 @@ def choose_strategy(network: Network, N: int, T: int, count: int, lengths: Array
     step = N * network.width * s.P  # multiply-adds of one step of one direction, the input product left out
     work = network.width * (s.P + s.I) * s.L * s.D * (T * N if lengths is None else int(lengths.sum()))
     layer_bytes = network.weight_bytes // (s.L * s.D)
-    hoisted = T > 1 and s.I > 2 and (N < HOIST_BELOW or layer_bytes > HUGE_LAYER)
+    hoisted = T > 1 and s.I > 2 and (N < MIN_FULL or layer_bytes > HUGE_LAYER)
     ranks = shares = groups = 1
     if count > 1 and work >= PARALLEL_WORK:
-        full_tiles = N >= 6 * count and layer_bytes <= LARGE_LAYER
-        if s.D * N >= count and (full_tiles or layer_bytes <= SMALL_LAYER or s.D >= count):
+        full_tiles = MIN_FULL * count <= N and layer_bytes <= LARGE_LAYER
+        if count <= s.D * N and (full_tiles or layer_bytes <= SMALL_LAYER or count <= s.D):
             ranks, groups = count, -(-count // s.D)
         elif step >= UNITS_WORK:
             ranks = shares = count

@@ -23,12 +23,12 @@ DEPTH = 64  # a panel of 64 lines and its rows: at most 18 KB
 PLAN = record("kernel", "project", "repeats", "scratch", "scratch_rank")
 
 
-def peak_kernel(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
+def peak_kernel(dtype: np.dtype[Any]):
     """Describe a kernel that runs the widest tile `repeats` times in each thread's own scratch."""
     size, rows, width = dtype.itemsize, blocking(dtype).rows, GATES * blocking(dtype).units
     shape = int(block_tables(dtype)[0][0, rows, 1, 0])
 
-    def run(plan, rank, x, out_object, h_n, c_n):  # type: ignore[no-untyped-def]
+    def run(plan, rank, x, out_object, h_n, c_n):
         p = carray(plan, 1)[0]
         table = p.scratch + rank * p.scratch_rank
         start = table + rows * 8

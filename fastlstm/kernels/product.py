@@ -51,7 +51,7 @@ def block_tables(dtype: np.dtype[Any]) -> tuple[Array, Array]:
 
 
 @functools.cache
-def product_part(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
+def product_part(dtype: np.dtype[Any]):
     """Return `cut_rows`, `next_blocks` and `product` for the kernels of one dtype."""
     size = dtype.itemsize
     tile_rows = blocking(dtype).rows
@@ -61,13 +61,13 @@ def product_part(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
     i = types.int64
 
     @part(types.UniTuple(i, 3), i)
-    def cut_rows(rows):  # type: ignore[no-untyped-def]
+    def cut_rows(rows):
         """Return a number of tiles, their rows, and how many of them (the first) have one row more."""
         tiles = max((rows + tile_rows - 1) // tile_rows, 1)
         return tiles, rows // tiles, rows % tiles
 
     @part(i, i, i, i, i)
-    def count_groups(first, last, mains, rows):  # type: ignore[no-untyped-def]
+    def count_groups(first, last, mains, rows):
         """Return how many tiles of `rows` rows stand side by side in blocks first to last."""
         main = min(last, mains) - first
         groups = (main + most[rows] - 1) // most[rows]
@@ -75,7 +75,7 @@ def product_part(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
         return groups + alone
 
     @part(types.UniTuple(i, 3), i, i, i, i, i)
-    def block_group(group, first, last, mains, rows):  # type: ignore[no-untyped-def]
+    def block_group(group, first, last, mains, rows):
         """Return the first block of such a tile, its main blocks, and whether it has the tail."""
         begin = min(first + group * most[rows], mains)
         main = min(most[rows], min(last, mains) - begin)
@@ -83,7 +83,7 @@ def product_part(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
         return begin, main, int(tail)
 
     @part(types.void, *[i] * 13)
-    def product(tile, start, a, a_rows, rows, depth, panel, first, last, mains, out, out_stride, fetch):  # type: ignore[no-untyped-def]
+    def product(tile, start, a, a_rows, rows, depth, panel, first, last, mains, out, out_stride, fetch):
         """out[row, block] = start[block] + a[row] W for blocks first to last; `fetch` 1: the panels are not in L2."""
         tiles, fewest, more = cut_rows(rows)
         widest = fewest + (more > 0)
@@ -97,20 +97,21 @@ def product_part(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
                 here, count = fewest + longer, more if longer else tiles - more
                 if here > 0 and count > 0:
                     call_tile(tile, (
-                        shape_of[fetch, here, main, tail], count, start + at, a, a_rows + row * 8, depth, panel + at * depth,
-                        panel + following * block_width * size * depth, out + row * out_stride * size + at, out_stride,
+                        shape_of[fetch, here, main, tail], count, start + at, a, a_rows + row * 8, depth,
+                        panel + at * depth, panel + following * block_width * size * depth,
+                        out + row * out_stride * size + at, out_stride,
                     ))  # fmt: skip
                     row += here * count
 
     return cut_rows, count_groups, block_group, product
 
 
-def product_kernel(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
+def product_kernel(dtype: np.dtype[Any]):
     """Describe the kernel of a product alone: a function of the plan and the thread's rank."""
     size = dtype.itemsize
     product = product_part(dtype)[-1]
 
-    def run(plan, rank, x, out_object, h_n, c_n):  # type: ignore[no-untyped-def]
+    def run(plan, rank, x, out_object, h_n, c_n):
         p = carray(plan, 1)[0]
         table = p.scratch + rank * p.scratch_rank
         out = table + ROWS * 8
@@ -124,7 +125,21 @@ def product_kernel(dtype: np.dtype[Any]):  # type: ignore[no-untyped-def]
                 break
             rows = min(ROWS, p.rows - row0)
             a = p.x + row0 * p.depth * size
-            product(p.project, p.start, a, table, rows, p.depth, p.panel, 0, p.blocks + p.tail, p.blocks, out, p.width, p.fetch)
+            product(
+                p.project,
+                p.start,
+                a,
+                table,
+                rows,
+                p.depth,
+                p.panel,
+                0,
+                p.blocks + p.tail,
+                p.blocks,
+                out,
+                p.width,
+                p.fetch,
+            )
             for row in range(rows):
                 to = p.out + (row0 + row) * p.outputs * size
                 copy(to, out + row * p.width * size, p.outputs * size)
@@ -167,7 +182,8 @@ class Product:
         base = buffer.ctypes.data
         plan = np.array(
             [
-                self._address, x.ctypes.data, out.ctypes.data, rows, K, outputs, self._start.ctypes.data, self._panel.ctypes.data,
+                self._address, x.ctypes.data, out.ctypes.data, rows, K, outputs,
+                self._start.ctypes.data, self._panel.ctypes.data,
                 self._cut.blocks, int(self._cut.tail_units > 0), self._width, self._project,
                 int(self._panel.nbytes > L2_BYTES),
                 ranks, base, base + 2 * LINE, per_rank,

@@ -12,6 +12,7 @@ from fastlstm.kernels.team import run_parallel
 
 __all__ = ["run_region"]
 
+
 def run_region(plan: NDArray[np.int64], ranks: int) -> bool:
     """Run a plan once for each rank, in a parallel region; return False where none is to be had.
 

@@ -1,7 +1,7 @@
 """The sequence, forward: layers, directions and steps around the tile.
 
-A *span* is what runs as one time loop: all layers of a one-directional network, a chunk of steps at a time, or one layer
-of a bidirectional one.  There are two ways to share it out, with the same bits:
+A *span* is what runs as one time loop: all layers of a one-directional network, a chunk of steps at a time, or one
+layer of a bidirectional one.  There are two ways to share it out, with the same bits:
 
 rows   each thread takes whole groups of rows (and one direction) through a span; no thread waits for another.
 units  each step is a phase of the thread team, and each thread owns a range of blocks, so that its part of the weights
@@ -92,18 +92,20 @@ LOAD, HOIST, ADVANCE, PROJECT, SAVE = range(5)  # what a phase does
 TABLES_AT = -(-SPAN.itemsize // 64) * 64
 
 
-def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
+def forward_kernel(dtype: np.dtype):
     """Describe the forward kernel of one dtype: a function of the plan, the thread's rank, and array objects or 0."""
     size = dtype.itemsize
-    block_units, tile_rows = blocking(dtype).units, blocking(dtype).rows
+    block_units = blocking(dtype).units
     block_width = GATES * block_units
     shape_of = block_tables(dtype)[0]
     cut_rows, count_groups, block_group, product = product_part(dtype)
-    P, Q, i = from_dtype(PLAN), from_dtype(SPAN), types.int64
-    span_at = record_at(Q)
+    plan_type, span_type, i = from_dtype(PLAN), from_dtype(SPAN), types.int64
+    span_at = record_at(span_type)
 
-    @part(types.void, P, Q, *[i] * 16)
-    def step(p, q, start, start_stride, a, depth, a_panel, h, h_panel, c, to, to_width, out, valid, rows, first, last, sign):  # type: ignore[no-untyped-def]
+    @part(types.void, plan_type, span_type, *[i] * 16)
+    def step(
+        p, q, start, start_stride, a, depth, a_panel, h, h_panel, c, to, to_width, out, valid, rows, first, last, sign
+    ):  # fmt: skip
         """Advance rows by `q.together` steps for blocks first to last; arguments as in the tile.
 
         Every other step takes the blocks in the opposite order: what it needs first is what the cache saw last.
@@ -133,17 +135,17 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                     ))  # fmt: skip
                     row += here * count
 
-    @part(i, P, i)
-    def position(p, row):  # type: ignore[no-untyped-def]
+    @part(i, plan_type, i)
+    def position(p, row):
         """Return where in the batch a row stands."""
         return integer_at(p.order + row * 8) if p.order else row
 
-    @part(i, P, i)
-    def length(p, row):  # type: ignore[no-untyped-def]
+    @part(i, plan_type, i)
+    def length(p, row):
         return integer_at(p.lengths + row * 8) if p.lengths else p.T
 
-    @part(i, P, Q, i)
-    def count_active(p, q, t):  # type: ignore[no-untyped-def]
+    @part(i, plan_type, span_type, i)
+    def count_active(p, q, t):
         """Return how many rows of the group reach step t: those before the first that is too short."""
         if not p.lengths:
             return q.rows
@@ -156,25 +158,25 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 high = middle
         return low - q.row0
 
-    @part(i, P, i, i)
-    def weight(p, k, field):  # type: ignore[no-untyped-def]
+    @part(i, plan_type, i, i)
+    def weight(p, k, field):
         return integer_at(p.weights + (k * len(WEIGHT_FIELDS) + field) * 8)
 
-    @part(i, P, i, i, i)
-    def h_at(p, k, parity, row):  # type: ignore[no-untyped-def]
+    @part(i, plan_type, i, i, i)
+    def h_at(p, k, parity, row):
         return p.h + ((2 * k + parity) * p.N + row) * p.state_width * size
 
-    @part(i, P, i, i)
-    def c_at(p, k, row):  # type: ignore[no-untyped-def]
+    @part(i, plan_type, i, i)
+    def c_at(p, k, row):
         return p.c + (k * p.N + row) * p.units * size
 
-    @part(i, Q, i, i)
-    def time(q, d, j):  # type: ignore[no-untyped-def]
+    @part(i, span_type, i, i)
+    def time(q, d, j):
         """Return the time of step j of the chunk in a direction."""
         return q.steps - 1 - q.done - j if d else q.done + j
 
-    @part(types.void, P, i, i, i)
-    def load_state(p, k, row, reverse):  # type: ignore[no-untyped-def]
+    @part(types.void, plan_type, i, i, i)
+    def load_state(p, k, row, reverse):
         """Copy a row of h_0 and c_0 to both state buffers; a reset at the first step drops it."""
         n = position(p, row)
         h, c = h_at(p, k, 0, row), c_at(p, k, row)
@@ -187,15 +189,15 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 copy(c, p.c_0 + (k * p.N + n) * p.H * size, p.H * size)
         copy(h_at(p, k, 1, row), h, p.state_width * size)
 
-    @part(types.void, P, i, i, i)
-    def save_state(p, k, row, steps):  # type: ignore[no-untyped-def]
+    @part(types.void, plan_type, i, i, i)
+    def save_state(p, k, row, steps):
         """Copy a row of the state after `steps` steps to h_n and c_n."""
         n = position(p, row)
         copy(p.h_n + (k * p.N + n) * p.P * size, h_at(p, k, (p.parity + steps) & 1, row), p.P * size)
         copy(p.c_n + (k * p.N + n) * p.H * size, c_at(p, k, row), p.H * size)
 
-    @part(types.void, P, Q, *[i] * 8)
-    def cut_state(p, q, k, t, reverse, h, h_first, h_last, c_first, c_last):  # type: ignore[no-untyped-def]
+    @part(types.void, plan_type, span_type, *[i] * 8)
+    def cut_state(p, q, k, t, reverse, h, h_first, h_last, c_first, c_last):
         """Zero columns of h and c in the rows whose state must not leave step t."""
         at = t if reverse else t + 1
         if at == 0 or at >= p.T:
@@ -205,8 +207,8 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 clear(h + (row * p.state_width + h_first) * size, (h_last - h_first) * size)
                 clear(c_at(p, k, q.row0 + row) + c_first * size, (c_last - c_first) * size)
 
-    @part(types.void, P, Q, i, i, i)
-    def hoist_share(p, q, d, first, last):  # type: ignore[no-untyped-def]
+    @part(types.void, plan_type, span_type, i, i, i)
+    def hoist_share(p, q, d, first, last):
         """Z = bias + x W_ih^T of a chunk, rows of all its steps one after the other."""
         k = q.layer * p.D + d
         rows = 0
@@ -217,10 +219,13 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 set_integer(q.a_rows + rows * 8, (j if q.a_local else t) * q.a_step + n * q.a_row)
                 rows += 1
         z = q.z + (d - q.direction0) * p.chunk * q.rows * p.width * size
-        product(p.project, weight(p, k, BIAS), q.a, q.a_rows, rows, weight(p, k, DEPTH), weight(p, k, W_IH), first, last, p.blocks, z, p.width, p.fetch)
+        product(
+            p.project, weight(p, k, BIAS), q.a, q.a_rows, rows, weight(p, k, DEPTH), weight(p, k, W_IH),
+            first, last, p.blocks, z, p.width, p.fetch,
+        )  # fmt: skip
 
-    @part(types.void, P, Q, i, i, i)
-    def advance_share(p, q, d, first, last):  # type: ignore[no-untyped-def]
+    @part(types.void, plan_type, span_type, i, i, i)
+    def advance_share(p, q, d, first, last):
         """One step of one direction for blocks first to last."""
         k = q.layer * p.D + d
         t = time(q, d, q.j)
@@ -245,15 +250,18 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
             begin, end = first * block_units, min(last * block_units, p.units)
             cut_state(p, q, k, t, d, h_next, begin, end, begin, end)
 
-    @part(types.void, P, Q, i, i, i)
-    def project_share(p, q, d, first, last):  # type: ignore[no-untyped-def]
+    @part(types.void, plan_type, span_type, i, i, i)
+    def project_share(p, q, d, first, last):
         """H = m W_hr^T of one step of one direction for blocks first to last of the outputs."""
         k = q.layer * p.D + d
         t = time(q, d, q.j)
         rows = count_active(p, q, t)
         h_next = h_at(p, k, 1 - ((p.parity + q.done + q.j) & 1), q.row0)
         m = q.m + (d - q.direction0) * q.rows * p.units * size
-        product(p.project, p.zeros, m, q.m_rows, rows, p.H, weight(p, k, W_HR), first, last, p.p_blocks, h_next, p.state_width, 0)
+        product(
+            p.project, p.zeros, m, q.m_rows, rows, p.H, weight(p, k, W_HR),
+            first, last, p.p_blocks, h_next, p.state_width, 0,
+        )  # fmt: skip
         out = q.out + ((q.j if q.out_local else t) * q.out_step + d * q.out_direction) * size
         begin, end = first * block_width, min(last * block_width, p.P)
         for row in range(rows):
@@ -263,8 +271,8 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
             c_last = p.units if last == p.p_blocks + p.p_tail else 0
             cut_state(p, q, k, t, d, h_next, begin, min(last * block_width, p.state_width), 0, c_last)
 
-    @part(types.void, P, Q, i)
-    def run_share(p, q, share):  # type: ignore[no-untyped-def]
+    @part(types.void, plan_type, span_type, i)
+    def run_share(p, q, share):
         """Do one share of a phase: of the rows, or of the blocks of all directions side by side."""
         if q.kind == LOAD or q.kind == SAVE:
             for row in range(q.row0 + q.rows * share // q.shares, q.row0 + q.rows * (share + 1) // q.shares):
@@ -293,8 +301,8 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 else:
                     project_share(p, q, d, first, last)
 
-    @part(types.void, P, Q)
-    def run_phase(p, q):  # type: ignore[no-untyped-def]
+    @part(types.void, plan_type, span_type)
+    def run_phase(p, q):
         """Do what this thread gets of a phase, its own share first, and wait for the rest."""
         for attempt in range(q.shares):
             share = attempt
@@ -313,8 +321,8 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
                 is_done(p.counters, share, q.phase, -1)
             q.phase += 1
 
-    @part(types.void, P, Q)
-    def connect(p, q):  # type: ignore[no-untyped-def]
+    @part(types.void, plan_type, span_type)
+    def connect(p, q):
         """Say where the layer reads and writes: the user's arrays at the ends, buffers between layers."""
         q.a, q.a_step, q.a_row, q.a_local = p.x, p.x_step, p.x_row, 0
         q.out, q.out_step, q.out_row, q.out_local, q.out_direction = p.out, p.out_step, p.out_row, 0, p.P
@@ -333,8 +341,8 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
             n = row if q.out_local else position(p, q.row0 + row) if q.layer == p.L - 1 else q.row0 + row
             set_integer(q.out_rows + row * 8, n * q.out_row)
 
-    @part(types.void, P, Q)
-    def run_span(p, q):  # type: ignore[no-untyped-def]
+    @part(types.void, plan_type, span_type)
+    def run_span(p, q):
         """Run layers and directions over all steps for a group of rows."""
         q.steps = length(p, q.row0)
         q.impatient = 0
@@ -376,7 +384,7 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
             q.kind = SAVE
             run_phase(p, q)
 
-    def forward(plan, rank, x, out, h_n, c_n):  # type: ignore[no-untyped-def]
+    def forward(plan, rank, x, out, h_n, c_n):
         p = carray(plan, 1)[0]
         if x:
             p.x, p.out = integer_at(x + HEAD), integer_at(out + HEAD)
@@ -408,4 +416,4 @@ def forward_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
         if p.ranks == 1:  # of a stream; where there are more threads the caller does it
             p.parity = (p.parity + p.T) & 1
 
-    return forward, types.void(types.CPointer(P), *[i] * (1 + OBJECTS))
+    return forward, types.void(types.CPointer(plan_type), *[i] * (1 + OBJECTS))

@@ -166,12 +166,16 @@ class Pointer:
         mask = b.ir.icmp_signed("<", ir.Constant(index, list(range(lanes))), counts)
         pointer = self._as_vector(lanes)
         suffix = f"v{lanes}f{8 * b.dtype.itemsize}"
-        name = f"llvm.masked.store.{suffix}.p0" if llvm.llvm_version_info[0] > 14 else f"llvm.masked.store.{suffix}.p0{suffix}"
+        name = (
+            f"llvm.masked.store.{suffix}.p0"
+            if llvm.llvm_version_info[0] > 14
+            else f"llvm.masked.store.{suffix}.p0{suffix}"
+        )
         b.call(name, [*vec.values, pointer, I32(b.dtype.itemsize), mask], ir.VoidType())
 
 
 class Vec:
-    """Vector registers side by side while a kernel is emitted; a Python number beside it means that number in every lane.
+    """Vector registers side by side while a kernel is emitted; a Python number beside it stands in every lane.
 
     An operator appends its instruction for each register in turn: several registers are several independent chains.
     """
@@ -329,7 +333,9 @@ def kernel(
     """
 
     def add_variant(module: ir.Module, index: int) -> ir.Function:
-        fn = ir.Function(module, ir.FunctionType(ir.VoidType(), [TABLE]), f"fastlstm_{name}_f{8 * dtype.itemsize}_{index}")
+        fn = ir.Function(
+            module, ir.FunctionType(ir.VoidType(), [TABLE]), f"fastlstm_{name}_f{8 * dtype.itemsize}_{index}"
+        )
         fn.linkage = "internal"
         for attribute in ("nounwind", "noinline", "optsize"):  # optsize: k loops are not unrolled into kilobytes
             fn.attributes.add(attribute)
@@ -340,8 +346,8 @@ def kernel(
         return fn
 
     @intrinsic
-    def call(typingctx, address):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def call(typingctx, address):
+        def codegen(context, builder, signature, values):
             table = builder.inttoptr(values[0], TABLE)
             end = builder.append_basic_block("end")
             switch = builder.switch(builder.load(table), end)

@@ -4,9 +4,9 @@ Work is cut into *phases* and each phase into *shares*.  A thread claims its own
 in its own cache, and then whatever nobody has claimed: one thread alone still finishes, so a threading layer that
 starts fewer threads than asked for, or runs them one after the other, cannot hang the call.
 
-The counters of a call are int64, each on a cache line of its own: `counters[0]` tasks taken, and for each share the phases
-that were claimed of it and the phases that are done.  A thread polls the line of a share that only its finisher writes,
-so that a phase costs one transfer between two caches.
+The counters of a call are int64, each on a cache line of its own: the tasks taken and the tasks done, or for each share
+the phases that were claimed of it and the phases that are done.  A thread polls the line of a share that only its
+finisher writes, so that a phase costs one transfer between two caches.
 """
 
 from __future__ import annotations
@@ -41,55 +41,55 @@ __all__ = [
     "wait_for_tasks",
 ]
 
-LINE = 64
+LINE = 128  # bytes; two lines, because some CPUs fetch them in pairs
 OBJECTS = 4  # array objects that every kernel takes behind its plan and rank: x, out, h_n, c_n; or 0
 SPINS_BEFORE_YIELD = 4096  # a power of two
 SPINS_BEFORE_STEAL = 1024  # tens of microseconds: a thread that is only late keeps its share and its cache
 
 
-def _integer_pointer(builder, address):  # type: ignore[no-untyped-def]
+def _integer_pointer(builder, address):
     return builder.inttoptr(address, I64.as_pointer())
 
 
 @intrinsic
-def integer_at(typingctx, address):  # type: ignore[no-untyped-def]
+def integer_at(typingctx, address):
     """Return the int64 at an address."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.load(_integer_pointer(builder, args[0]))
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic
-def byte_at(typingctx, address):  # type: ignore[no-untyped-def]
+def byte_at(typingctx, address):
     """Return the byte at an address."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.zext(builder.load(builder.inttoptr(args[0], I8.as_pointer())), I64)
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic
-def set_integer(typingctx, address, value):  # type: ignore[no-untyped-def]
+def set_integer(typingctx, address, value):
     """Write an int64 to an address."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         builder.store(args[1], _integer_pointer(builder, args[0]))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
 
 
-def record_at(record):  # type: ignore[no-untyped-def]
+def record_at(record):
     """Return an intrinsic that makes a pointer to a record from an address."""
 
     @intrinsic
-    def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+    def pointer(typingctx, address):
         result = types.CPointer(record)
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             return builder.inttoptr(args[0], context.get_value_type(result))
 
         return result(types.int64), codegen
@@ -98,10 +98,10 @@ def record_at(record):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def copy(typingctx, to, source, size):  # type: ignore[no-untyped-def]
+def copy(typingctx, to, source, size):
     """Copy `size` bytes between addresses."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         to_, source_ = (builder.inttoptr(arg, I8.as_pointer()) for arg in args[:2])
         cgutils.raw_memcpy(builder, to_, source_, args[2], 1)
         return context.get_dummy_value()
@@ -110,10 +110,10 @@ def copy(typingctx, to, source, size):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def clear(typingctx, to, size):  # type: ignore[no-untyped-def]
+def clear(typingctx, to, size):
     """Write `size` zero bytes to an address."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         cgutils.memset(builder, builder.inttoptr(args[0], I8.as_pointer()), args[1], 0)
         return context.get_dummy_value()
 
@@ -121,24 +121,24 @@ def clear(typingctx, to, size):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _add_atomic(typingctx, address, value):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def _add_atomic(typingctx, address, value):
+    def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", _integer_pointer(builder, args[0]), args[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), codegen
 
 
 @intrinsic
-def _load_atomic(typingctx, address):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def _load_atomic(typingctx, address):
+    def codegen(context, builder, signature, args):
         return builder.load_atomic(_integer_pointer(builder, args[0]), "acquire", 8)
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic
-def _store_atomic(typingctx, address, value):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def _store_atomic(typingctx, address, value):
+    def codegen(context, builder, signature, args):
         builder.store_atomic(args[1], _integer_pointer(builder, args[0]), "release", 8)
         return context.get_dummy_value()
 
@@ -146,10 +146,10 @@ def _store_atomic(typingctx, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _exchange_if(typingctx, address, expected, value):  # type: ignore[no-untyped-def]
+def _exchange_if(typingctx, address, expected, value):
     """Write the value if the int64 is the expected one; return whether it was."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         pointer = _integer_pointer(builder, args[0])
         return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "acq_rel", "acquire"), 1)
 
@@ -157,16 +157,20 @@ def _exchange_if(typingctx, address, expected, value):  # type: ignore[no-untype
 
 
 @intrinsic
-def _pause(typingctx):  # type: ignore[no-untyped-def]
+def _pause(typingctx):
     """Tell the core that this is a spin loop."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         triple = builder.module.triple
         if triple.startswith(("x86_64", "i")):
-            fn = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
+            fn = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"
+            )
             builder.call(fn, [])
         elif triple.startswith(("aarch64", "arm64")):
-            fn = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [I32]), "llvm.aarch64.hint")
+            fn = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), [I32]), "llvm.aarch64.hint"
+            )
             builder.call(fn, [I32(1)])
         return context.get_dummy_value()
 
@@ -174,11 +178,11 @@ def _pause(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _yield_core(typingctx):  # type: ignore[no-untyped-def]
+def _yield_core(typingctx):
     """Let another thread have the core."""
     name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         fn = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), name)
         builder.call(fn, [])
         return context.get_dummy_value()
@@ -186,29 +190,29 @@ def _yield_core(typingctx):  # type: ignore[no-untyped-def]
     return types.void(), codegen
 
 
-def part(result, *arguments):  # type: ignore[no-untyped-def]
+def part(result, *arguments):
     """Return a decorator that compiles a part of a kernel for these types alone, and without a way in from Python."""
     return njit(result(*arguments), error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
-def _lazy(function):  # type: ignore[no-untyped-def]
+def _lazy(function):
     return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 @_lazy
-def claim(counters, share, phase):  # type: ignore[no-untyped-def]
+def claim(counters, share, phase):
     """Return whether this thread, and no other, does a share of a phase."""
     return _exchange_if(counters + (1 + 2 * share) * LINE, phase, phase + 1)
 
 
 @_lazy
-def finish(counters, share, phase):  # type: ignore[no-untyped-def]
+def finish(counters, share, phase):
     """Report a share of a phase as done."""
     _store_atomic(counters + (2 + 2 * share) * LINE, phase + 1)
 
 
 @_lazy
-def is_done(counters, share, phase, spins):  # type: ignore[no-untyped-def]
+def is_done(counters, share, phase, spins):
     """Return whether a share of a phase is done before this thread has looked `spins` times; -1: wait for it."""
     looked = 0
     while _load_atomic(counters + (2 + 2 * share) * LINE) <= phase:
@@ -223,19 +227,19 @@ def is_done(counters, share, phase, spins):  # type: ignore[no-untyped-def]
 
 
 @_lazy
-def next_task(counters):  # type: ignore[no-untyped-def]
+def next_task(counters):
     """Return the number of a task that no other thread has."""
     return _add_atomic(counters, 1)
 
 
 @_lazy
-def finish_task(counters):  # type: ignore[no-untyped-def]
+def finish_task(counters):
     """Report a task as done."""
     _add_atomic(counters + LINE, 1)
 
 
 @_lazy
-def wait_for_tasks(counters, count):  # type: ignore[no-untyped-def]
+def wait_for_tasks(counters, count):
     """Return once that many tasks are done."""
     looked = 0
     while _load_atomic(counters + LINE) < count:
@@ -246,17 +250,17 @@ def wait_for_tasks(counters, count):  # type: ignore[no-untyped-def]
             _yield_core()
 
 
-def _call(builder, address, args):  # type: ignore[no-untyped-def]
+def _call(builder, address, args):
     entry = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
     builder.call(builder.inttoptr(address, entry.as_pointer()), args)
 
 
 @intrinsic
-def call_tile(typingctx, function, arguments):  # type: ignore[no-untyped-def]
+def call_tile(typingctx, function, arguments):
     """Call the tile at an address with a table of the arguments, a tuple of int64, on this thread's stack."""
     count = len(arguments)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         table = cgutils.alloca_once(builder, ir.ArrayType(I64, count))
         for i, value in enumerate(cgutils.unpack_tuple(builder, args[1])):
             builder.store(value, builder.gep(table, [I32(0), I32(i)]))
@@ -267,17 +271,17 @@ def call_tile(typingctx, function, arguments):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def call_kernel(typingctx, kernel, plan, rank, x, out, h_n, c_n):  # type: ignore[no-untyped-def]
-    """Call the kernel at an address, with a plan at another and array objects, or 0 where the plan has the addresses."""
+def call_kernel(typingctx, kernel, plan, rank, x, out, h_n, c_n):
+    """Call the kernel at an address, with a plan at another and array objects; or 0, where the plan has addresses."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         _call(builder, args[0], args[1:])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7), codegen
 
 
-def run_parallel(plan, ranks):  # type: ignore[no-untyped-def]
+def run_parallel(plan, ranks):
     """Run a plan once for each rank, in one parallel region; its first field is the kernel's address."""
     for rank in prange(ranks):
         call_kernel(integer_at(plan), plan, rank, 0, 0, 0, 0)

@@ -7,7 +7,7 @@
 (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000.)  Every element of z is one chain of fused
 multiply-adds in the order of k, whatever the tile, so no result depends on how the work was cut.
 
-A *block* is `units` hidden units.  Its panel is [k][gate][unit]: `4 * units` numbers for each k, in `vectors` registers.
+A *block* is `units` hidden units.  Its panel is [k][gate][unit]: `4 * units` numbers for each k, in so many registers.
 With units == lanes a register holds one gate; a narrow block packs several gates in a register, which keeps sizes that
 are no multiple of `lanes` from drowning in padding and lets 16 registers hold enough rows.
 """
@@ -154,9 +154,7 @@ def _load_all(pointer: Pointer, count: int, lanes: int) -> list[Vec]:
     return [(pointer + v * lanes).load(lanes) for v in range(count)]
 
 
-def _emit_project(  # type: ignore[no-untyped-def]
-    b: Builder, shape: Shape, tiles, start, a, a_rows, depth, panel, next_panel, out, out_stride
-) -> None:
+def _emit_project(b: Builder, shape: Shape, tiles, start, a, a_rows, depth, panel, next_panel, out, out_stride) -> None:
     """Emit out[row] = start + a[row] W for `tiles` tiles, one below the other.
 
     start : (4 * units,).  a : rows at `a_rows`, `depth` numbers each.  panel : (blocks, depth, 4 * units).
@@ -178,34 +176,38 @@ def _emit_project(  # type: ignore[no-untyped-def]
     b.loop(tiles, tile)
 
 
-def _gates(b: Builder, cells: list[tuple[list[Vec], int]]) -> list[Vec]:
-    """Return z_i, z_f, z_g, z_o of several blocks, cut out of their registers and laid side by side."""
-    found = []
-    for gate in range(GATES):
-        parts = []
-        for vecs, units in cells:
-            at = gate * units
-            parts.append(vecs[at // b.lanes].part(at % b.lanes, units))
-        found.append(concat(parts))
-    return found
+@dataclass(frozen=True)
+class _Cells:
+    """The cells of one block in one row: where they are, and their z in registers."""
+
+    row: int
+    unit: int
+    units: int
+    z: list[Vec]
+
+    def gate(self, which: int) -> Vec:
+        """Return z_i, z_f, z_g or z_o, cut out of its register."""
+        lanes, at = self.z[0].lanes, which * self.units
+        return self.z[at // lanes].part(at % lanes, self.units)
 
 
-def cell(z_i: Vec, z_f: Vec, z_g: Vec, z_o: Vec, c: Vec) -> tuple[Vec, Vec]:
+def advance_cell(z_i: Vec, z_f: Vec, z_g: Vec, z_o: Vec, c: Vec) -> tuple[Vec, Vec]:
     """Return h and c of the next step."""
     c = (sigmoid(z_f) * c).value() + (sigmoid(z_i) * tanh(z_g)).value()
     return (sigmoid(z_o) * tanh(c)).value(), c
 
 
-def _emit_advance(  # type: ignore[no-untyped-def]
-    b: Builder, shape: Shape, tiles, steps, start, start_stride, start_step, a, a_rows, a_step, a_depth, a_panel, a_next,
-    h, h_stride, h_depth, h_panel, h_next_panel, c, c_stride, h_next, h_next_stride, out, out_rows, out_step, valid,
+def _emit_advance(
+    b: Builder, shape: Shape, tiles, steps, start, start_stride, start_step,
+    a, a_rows, a_step, a_depth, a_panel, a_next_panel, h, h_stride, h_depth, h_panel, h_next_panel,
+    c, c_stride, h_next, h_next_stride, out, out_rows, out_step, valid,
 ) -> None:  # fmt: skip
     """Emit steps of `tiles` tiles, one below the other.
 
     start : (rows, 4 * units), `start_stride` apart: the bias (stride 0) or z with the input product in it.
     a : rows at `a_rows`, `a_depth` numbers each (0 where the product is in `start`).
-    h : in (rows, h_depth), `h_stride` apart.  a_panel, h_panel : (blocks, depth, 4 * units); a_next, h_next_panel : those
-    of the blocks that come after, which a fetching tile brings to L2 meanwhile.
+    h : in (rows, h_depth), `h_stride` apart.  a_panel, h_panel : (blocks, depth, 4 * units); a_next_panel,
+    h_next_panel : those of the blocks that come after, which a fetching tile brings to L2 meanwhile.
     c : in/out (rows, units), `c_stride` apart.  h_next : out (rows, units), `h_next_stride` apart.
     out : out rows at `out_rows`; the first `valid` units of the tile are written; none where `valid` is 0.
     More than one step where the tile holds all units: from step to step `start`, `a`, `out` move by `start_step`,
@@ -224,15 +226,15 @@ def _emit_advance(  # type: ignore[no-untyped-def]
         def tile(i: ir.Value, _: list[Vec]) -> list[Vec]:
             row0 = b.ir.mul(i, I64(shape.rows))
             sums = [_load_all(p, sum(widths), b.lanes) for p in _strided(b, start_at, start_stride, row0, shape.rows)]
-            ahead = _ahead(b, shape, a_next, a_depth, i)
+            ahead = _ahead(b, shape, a_next_panel, a_depth, i)
             sums = _multiply(b, sums, a_depth, _rows(b, a_at, a_rows, row0, shape.rows), a_panels, widths, ahead)
             ahead = _ahead(b, shape, h_next_panel, h_depth, i)
             h_rows = _strided(b, h_read, h_stride, row0, shape.rows)
             sums = _multiply(b, sums, h_depth, h_rows, h_panels, widths, ahead)
-            _emit_cells(
-                b, shape, sums, _strided(b, b.pointer(c), c_stride, row0, shape.rows),
-                _strided(b, h_write, h_next_stride, row0, shape.rows), _rows(b, out_base, out_rows, row0, shape.rows), valid,
-            )  # fmt: skip
+            c_rows = _strided(b, b.pointer(c), c_stride, row0, shape.rows)
+            h_out = _strided(b, h_write, h_next_stride, row0, shape.rows)
+            out_rows_here = _rows(b, out_base, out_rows, row0, shape.rows)
+            _emit_cells(b, shape, sums, c_rows, h_out, out_rows_here, valid)
             return []
 
         b.loop(tiles, tile)
@@ -241,58 +243,59 @@ def _emit_advance(  # type: ignore[no-untyped-def]
     b.loop(steps, step)
 
 
-def _emit_cells(  # type: ignore[no-untyped-def]
-    b: Builder, shape: Shape, sums: list[list[Vec]], c_at: list[Pointer], h_at: list[Pointer], out_at: list[Pointer], valid
+def _take_alike(cells: list[_Cells], most: int) -> list[_Cells]:
+    """Remove and return the first cells and those behind them of the same width: a power of two, `most` at most."""
+    alike = next((i for i, cell in enumerate(cells[:most]) if cell.units != cells[0].units), min(most, len(cells)))
+    count = 1 << (alike.bit_length() - 1)
+    taken, cells[:] = cells[:count], cells[count:]
+    return taken
+
+
+def _emit_cells(
+    b: Builder, shape: Shape, sums: list[list[Vec]], c: list[Pointer], h: list[Pointer], out: list[Pointer], valid
 ) -> None:  # fmt: skip
-    """Emit the cells of one tile: z in registers, c in/out, h and out written, a pointer for each row."""
+    """Emit the cells of one tile: z in registers, c in/out, h and out written; a pointer for each row."""
     cells = []
-    for r in range(shape.rows):
+    for row in range(shape.rows):
         vector = unit = 0
         for units, width in zip(shape.blocks, _widths(b, shape), strict=True):
-            cells.append((r, unit, units, sums[r][vector : vector + width]))
+            cells.append(_Cells(row, unit, units, sums[row][vector : vector + width]))
             vector, unit = vector + width, unit + units
-    # Registers that hold whole cells, and the cells of each: narrow blocks of several rows share one.
-    full = []
+    registers = []  # each a list of cells: narrow blocks of several rows share a register
     while cells:
-        units = cells[0][2]
-        together = 1
-        while together < b.lanes // units and len(cells) > together and cells[together][2] == units:
-            together += 1
-        together = 1 << (together.bit_length() - 1)
-        full.append(cells[:together])
-        cells = cells[together:]
-    while full:
-        lanes = full[0][0][2] * len(full[0])
-        count = 1
-        while count < min(CHAINS, len(full)) and full[count][0][2] * len(full[count]) == lanes:
-            count += 1
-        groups, full = full[:count], full[count:]
-        gates = zip(*(_gates(b, [(vecs, units) for _, _, units, vecs in group]) for group in groups), strict=True)
-        c_old = bundle([concat([(c_at[r] + unit).load(units) for r, unit, units, _ in group]) for group in groups])
-        h_new, c_new = cell(*map(bundle, gates), c_old)
-        for group, h_register, c_register in zip(groups, h_new.registers(), c_new.registers(), strict=True):
-            for i, (r, unit, units, _) in enumerate(group):
-                (c_at[r] + unit).store(c_register.part(i * units, units))
-                part = h_register.part(i * units, units)
-                (h_at[r] + unit).store(part)
-                (out_at[r] + unit).store_first(part, b.ir.sub(valid, I64(unit)))
+        registers.append(_take_alike(cells, b.lanes // cells[0].units))
+    while registers:
+        lanes = [sum(cell.units for cell in register) for register in registers[:CHAINS]]
+        count = next((i for i, number in enumerate(lanes) if number != lanes[0]), len(lanes))
+        chains, registers = registers[:count], registers[count:]
+        z_i, z_f, z_g, z_o = (
+            bundle([concat([x.gate(gate) for x in register]) for register in chains]) for gate in range(GATES)
+        )
+        c_old = bundle([concat([(c[x.row] + x.unit).load(x.units) for x in register]) for register in chains])
+        h_new, c_new = advance_cell(z_i, z_f, z_g, z_o, c_old)
+        for register, h_vec, c_vec in zip(chains, h_new.registers(), c_new.registers(), strict=True):
+            for i, x in enumerate(register):
+                part = h_vec.part(i * x.units, x.units)
+                (c[x.row] + x.unit).store(c_vec.part(i * x.units, x.units))
+                (h[x.row] + x.unit).store(part)
+                (out[x.row] + x.unit).store_first(part, b.ir.sub(valid, I64(x.unit)))
 
 
-def project_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
-    """Describe the tile that multiplies and stores: an int64 table of the shape and the arguments of `_emit_project`."""
+def project_kernel(dtype: np.dtype):
+    """Describe the tile that multiplies and stores: of an int64 table, the shape and what `_emit_project` takes."""
     tile = kernel(dtype, "project", 9, _emit_project, shapes(dtype))
 
-    def project(table):  # type: ignore[no-untyped-def]
+    def project(table):
         tile(table)
 
     return project, types.void(types.int64)
 
 
-def advance_kernel(dtype: np.dtype):  # type: ignore[no-untyped-def]
-    """Describe the tile that makes one step: an int64 table of the shape and the arguments of `_emit_advance`."""
+def advance_kernel(dtype: np.dtype):
+    """Describe the tile that makes steps: of an int64 table, the shape and what `_emit_advance` takes."""
     tile = kernel(dtype, "advance", 24, _emit_advance, shapes(dtype))
 
-    def advance(table):  # type: ignore[no-untyped-def]
+    def advance(table):
         tile(table)
 
     return advance, types.void(types.int64)
