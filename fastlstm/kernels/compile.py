@@ -34,8 +34,10 @@ Description = Callable[[Any], tuple[Callable[..., Any], Any]]
 _lock = threading.RLock()
 
 
-@functools.cache
-def _digest() -> str:
+_FLAGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "CPU_NAME", "CPU_FEATURES")
+
+
+def _find_digest() -> str:
     sources = sorted(Path(__file__).parent.glob("*.py"))
     parts = [path.name.encode() + b"\0" + path.read_bytes() for path in sources]
     parts += [
@@ -46,7 +48,7 @@ def _digest() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
-_FLAGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "CPU_NAME", "CPU_FEATURES")
+_DIGEST = _find_digest()  # of the sources that this process has imported, whatever becomes of the files later
 
 
 def cache_folder() -> Path | None:
@@ -58,7 +60,7 @@ def cache_folder() -> Path | None:
     if wanted == "0":
         return None
     for base in [Path(wanted)] if wanted else _default_folders():
-        folder = base / _digest()
+        folder = base / _DIGEST
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

@@ -12,33 +12,43 @@ from fastlstm.checks import as_size, float_dtype
 from fastlstm.kernels.call import bind
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import aligned
-from fastlstm.kernels.product import block_tables, record
+from fastlstm.kernels.product import record
 from fastlstm.kernels.region import run_region
-from fastlstm.kernels.team import LINE, OBJECTS, call_tile, set_integer
-from fastlstm.kernels.tile import GATES, blocking, project_kernel
+from fastlstm.kernels.simd import I64, Builder, kernel
+from fastlstm.kernels.team import LINE, OBJECTS, set_integer
+from fastlstm.kernels.tile import GATES, Shape, blocking, chain
 
 __all__ = ["measure_peak"]
 
-DEPTH = 64  # a panel of 64 lines and its rows: at most 18 KB
-PLAN = record("kernel", "project", "repeats", "scratch", "scratch_rank")
+DEPTH = 128  # a panel of 128 lines and its rows: at most 36 KB
+PLAN = record("kernel", "repeats", "scratch", "scratch_rank")
+
+
+def _emit_tile(b: Builder, shape: Shape, rows, panel, out) -> None:
+    """Emit one chain of the widest tile: rows (rows, DEPTH), panel (DEPTH, 4 * units), out as many registers."""
+    width = GATES * shape.blocks[0] // b.lanes
+    at = [b.pointer(rows) + r * DEPTH for r in range(shape.rows)]
+    start = [(b.pointer(out) + v * b.lanes).load(b.lanes) for v in range(shape.rows * width)]
+    for v, vec in enumerate(chain(b, start, I64(0), I64(DEPTH), at, [b.pointer(panel)], [width])):
+        (b.pointer(out) + v * b.lanes).store(vec)
 
 
 def peak_kernel(dtype: np.dtype[Any]):
     """Describe a kernel that runs the widest tile `repeats` times in each thread's own scratch."""
     size, rows, width = dtype.itemsize, blocking(dtype).rows, GATES * blocking(dtype).units
-    shape = int(block_tables(dtype)[0][0, rows, 1, 0])
+    tile = kernel(dtype, "peak", 3, _emit_tile, [Shape(rows, (blocking(dtype).units,))])
 
-    def run(plan, rank, x, out_object, h_n, c_n):
+    def run(plan, rank, x, out, h_n, c_n):
         p = carray(plan, 1)[0]
         table = p.scratch + rank * p.scratch_rank
-        start = table + rows * 8
-        a = start + width * size
-        panel = a + rows * DEPTH * size
-        out = panel + DEPTH * width * size
-        for row in range(rows):
-            set_integer(table + row * 8, row * DEPTH)
+        panel = table + LINE
+        a = panel + DEPTH * width * size
+        set_integer(table, 0)
+        set_integer(table + 8, a)
+        set_integer(table + 16, panel)
+        set_integer(table + 24, a + rows * DEPTH * size)
         for _ in range(p.repeats):
-            call_tile(p.project, (shape, 1, start, a, table, DEPTH, panel, panel, out, width))
+            tile(table)
 
     return run, types.void(types.CPointer(from_dtype(PLAN)), *[types.int64] * (1 + OBJECTS))
 
@@ -60,13 +70,13 @@ def measure_peak(dtype: object = np.float32, threads: int = 1) -> float:
     """
     dtype, threads = float_dtype(dtype), as_size("threads", threads)
     rows, width = blocking(dtype).rows, GATES * blocking(dtype).units
-    per_rank = LINE * (2 + (rows * 8 + (width * (1 + DEPTH + rows) + rows * DEPTH) * dtype.itemsize) // LINE)
+    per_rank = LINE * (3 + (width * (DEPTH + rows) + rows * DEPTH) * dtype.itemsize // LINE)
     scratch = aligned(threads * per_rank, np.dtype(np.uint8))
     scratch[:] = 0
-    kernel, project = entry(peak_kernel, dtype), entry(project_kernel, dtype)
+    address = entry(peak_kernel, dtype)
     flops, repeats, best = 2 * rows * width * DEPTH, 1000, 0.0
     for _ in range(8):
-        plan = np.array([kernel, project, repeats, scratch.ctypes.data, per_rank], np.int64)
+        plan = np.array([address, repeats, scratch.ctypes.data, per_rank], np.int64)
         begin = time.perf_counter()
         if threads == 1 or not run_region(plan, threads):
             bind(plan)(plan, plan)

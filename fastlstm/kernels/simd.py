@@ -231,10 +231,21 @@ class Vec:
         limit = self._constant(bound)
         return Vec(self.builder, *(b.select(b.fcmp_ordered(beyond, v, limit), limit, v) for v in self.values))
 
+    def unless_below(self, x: Vec, bound: float, value: float) -> Vec:
+        """Return `value` in the lanes where x is below the bound, and this vector in the others."""
+        b = self.builder.ir
+        limit, instead = self._constant(bound), self._constant(value)
+        pairs = zip(self.values, x.values, strict=True)
+        return Vec(self.builder, *(b.select(b.fcmp_ordered("<", at, limit), instead, v) for v, at in pairs))
+
     def bits(self) -> Bits:
         """Return the lanes' bits as integers."""
         width = ir.VectorType(ir.IntType(8 * self.builder.dtype.itemsize), self.lanes)
         return Bits(self.builder, *(self.builder.ir.bitcast(v, width) for v in self.values))
+
+    def zeros(self) -> Vec:
+        """Return zeros of this shape."""
+        return Vec(self.builder, *self.operands(0.0))
 
     def part(self, start: int, count: int) -> Vec:
         """Return lanes start to start + count of a single register."""
