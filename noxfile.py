@@ -1,9 +1,16 @@
 """Sessions: `nox -s tests` on every interpreter there is, `nox -s lint` for style and types."""
 
+import os
+from pathlib import Path
+
 import nox
 
 nox.options.error_on_missing_interpreters = False
 nox.options.download_python = "never"
+
+# All that pyenv has installed, not only the versions that its shims answer for in this folder.
+versions = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser().glob("versions/3.*/bin")
+os.environ["PATH"] = os.pathsep.join([*map(str, versions), os.environ.get("PATH", os.defpath)])
 
 
 @nox.session(python=["3.10", "3.11", "3.12", "3.13"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,11 @@ from numba import carray, from_dtype, types
 from numpy.typing import NDArray
 
 from fastlstm import threads
-from fastlstm.kernels.call import bind
+from fastlstm.kernels.call import HEAD, bind
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import aligned, cut_columns, pack_columns
 from fastlstm.kernels.region import run_region
-from fastlstm.kernels.team import LINE, OBJECTS, call_tile, copy, next_task, part, set_integer
+from fastlstm.kernels.team import LINE, OBJECTS, call_tile, copy, integer_at, next_task, part, set_integer
 from fastlstm.kernels.tile import GATES, blocking, most_blocks, project_kernel, shapes
 
 __all__ = ["Product", "block_tables", "product_part", "record"]
@@ -22,6 +23,7 @@ __all__ = ["Product", "block_tables", "product_part", "record"]
 Array = NDArray[Any]
 ROWS = 96  # in a task: x and out of 256 numbers a row stay in L2 beside the panel
 L2_BYTES = 768 << 10  # weights of a thread beyond which panels are fetched ahead
+KEPT_PLANS = 4
 SERIAL_WORK = 1 << 20  # multiply-adds below which a parallel region does not pay
 
 
@@ -111,10 +113,12 @@ def product_kernel(dtype: np.dtype[Any]):
     size = dtype.itemsize
     product = product_part(dtype)[-1]
 
-    def run(plan, rank, x, out_object, h_n, c_n):
+    def run(plan, rank, x, out, h_n, c_n):
         p = carray(plan, 1)[0]
+        if x:
+            p.x, p.out = integer_at(x + HEAD), integer_at(out + HEAD)
         table = p.scratch + rank * p.scratch_rank
-        out = table + ROWS * 8
+        sums = table + ROWS * 8
         for row in range(ROWS):
             set_integer(table + row * 8, row * p.depth)
         task = -1
@@ -124,25 +128,14 @@ def product_kernel(dtype: np.dtype[Any]):
             if row0 >= p.rows:
                 break
             rows = min(ROWS, p.rows - row0)
-            a = p.x + row0 * p.depth * size
+            blocks = p.blocks + p.tail
             product(
-                p.project,
-                p.start,
-                a,
-                table,
-                rows,
-                p.depth,
-                p.panel,
-                0,
-                p.blocks + p.tail,
-                p.blocks,
-                out,
-                p.width,
-                p.fetch,
-            )
+                p.project, p.start, p.x + row0 * p.depth * size, table, rows, p.depth, p.panel,
+                0, blocks, p.blocks, sums, p.width, p.fetch,
+            )  # fmt: skip
             for row in range(rows):
                 to = p.out + (row0 + row) * p.outputs * size
-                copy(to, out + row * p.width * size, p.outputs * size)
+                copy(to, sums + row * p.width * size, p.outputs * size)
 
     return run, types.void(types.CPointer(from_dtype(PLAN)), *[types.int64] * (1 + OBJECTS))
 
@@ -169,26 +162,36 @@ class Product:
             self._start[: len(bias)] = bias
         self._shape, self._dtype = weight.shape, dtype
         self._address = entry(product_kernel, dtype)
+        self._idle: dict[tuple[int, int], tuple[Array, Array, Callable[..., Array]]] = {}  # of calls before
         self._project = entry(project_kernel, dtype)
 
     def apply(self, x: Array, out: Array) -> None:
         """Write x W^T + b to `out`: x (rows, K), out (rows, outputs), both C-contiguous and of the weight's dtype."""
-        outputs, K = self._shape
         rows = len(x)
+        outputs, K = self._shape
         ranks = min(threads.get_num_threads(), -(-rows // ROWS)) if rows * K * outputs > SERIAL_WORK else 1
+        space = self._idle.pop((rows, ranks), None) or self._prepare(rows, ranks)
+        plan, counters, run_serial = space
+        if ranks > 1:
+            counters[:] = 0
+            plan[1:3] = x.ctypes.data, out.ctypes.data
+        if ranks == 1 or not run_region(plan, ranks):
+            run_serial(x, out)
+        if len(self._idle) < KEPT_PLANS:
+            self._idle[rows, ranks] = space
+
+    def _prepare(self, rows: int, ranks: int) -> tuple[Array, Array, Callable[..., Array]]:
+        """Return a plan for so many rows, the team's counters in its scratch, and how it runs on this thread."""
+        outputs, K = self._shape
         per_rank = ROWS * (8 + self._width * self._dtype.itemsize) + LINE
         buffer = aligned(2 * LINE + ranks * per_rank, np.dtype(np.uint8))
-        buffer[: 2 * LINE] = 0
         base = buffer.ctypes.data
         plan = np.array(
             [
-                self._address, x.ctypes.data, out.ctypes.data, rows, K, outputs,
-                self._start.ctypes.data, self._panel.ctypes.data,
+                self._address, 0, 0, rows, K, outputs, self._start.ctypes.data, self._panel.ctypes.data,
                 self._cut.blocks, int(self._cut.tail_units > 0), self._width, self._project,
-                int(self._panel.nbytes > L2_BYTES),
-                ranks, base, base + 2 * LINE, per_rank,
+                int(self._panel.nbytes > L2_BYTES), ranks, base, base + 2 * LINE, per_rank,
             ],
             np.int64,
         )  # fmt: skip
-        if ranks == 1 or not run_region(plan, ranks):
-            bind(plan)(x, out)
+        return plan, buffer[: 2 * LINE], bind(plan)

@@ -1,0 +1,109 @@
+"""What show_config shows, what warmup compiles, what an import takes along."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import run_python
+
+import fastlstm
+from fastlstm import config
+
+
+def test_describe_is_complete_and_plain():
+    found = config.describe()
+    assert list(found) == [
+        *("versions", "cpu", "target", "vector_bits", "registers", "fma", "lanes"),
+        *("threads", "threading_layer", "cache_folder"),
+    ]
+    assert found["versions"]["fastlstm"] == fastlstm.__version__
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["lanes"] == {"float32": found["vector_bits"] // 32, "float64": found["vector_bits"] // 64}
+    assert found["threads"] == fastlstm.get_num_threads()
+    assert found["cpu"]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_show_config_prints_what_describe_says(capsys):
+    assert fastlstm.show_config() is None
+    shown = capsys.readouterr().out
+    found = config.describe()
+    for version in found["versions"].values():
+        assert version in shown
+    for name in ("cpu", "target", "vector_bits", "threads", "threading_layer", "cache_folder"):
+        assert str(found[name]) in shown
+
+
+def test_show_config_starts_no_threads_and_says_so():
+    code = "import fastlstm; fastlstm.show_config()"
+    assert "not started; will be the first of" in run_python(code, NUMBA_THREADING_LAYER=None)
+    assert "not started; will be workqueue" in run_python(code, NUMBA_THREADING_LAYER="workqueue")
+    code = "import fastlstm; fastlstm.set_num_threads(2); fastlstm.warmup(); fastlstm.show_config()"
+    shown = run_python(code, NUMBA_THREADING_LAYER="workqueue", NUMBA_NUM_THREADS="2")
+    assert "threading layer  workqueue\n" in shown
+
+
+def test_show_config_says_that_there_is_no_cache():
+    shown = run_python("import fastlstm; fastlstm.show_config()", FASTLSTM_CACHE="0")
+    assert "compile cache    none\n" in shown
+
+
+def test_nothing_is_left_to_compile_after_warmup(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+import numpy as np, numba, fastlstm
+fastlstm.set_num_threads(2)
+fastlstm.warmup(("float32", "float64"))
+assert fastlstm.get_num_threads() == 1 or numba.threading_layer()
+compiled = set(Path(sys.argv[1]).rglob("*.*"))
+assert compiled
+for dtype in ("float32", "float64"):
+    model = fastlstm.Sequential(
+        fastlstm.LSTM(40, 64, 2, dtype=dtype, bidirectional=True), fastlstm.LSTM(128, 96, dtype=dtype),
+        fastlstm.Linear(96, 300, dtype=dtype),
+    )
+    x = np.ones((20, 64, 40), dtype)
+    model(x, lengths=np.arange(64) % 20, reset=np.zeros((20, 64), bool))
+    stream = model[1:].stream(16)
+    stream(np.ones((16, 128), dtype))
+    stream(np.ones((5, 16, 128), dtype))
+new = set(Path(sys.argv[1]).rglob("*.*")) - compiled
+assert not new, new
+"""
+    run_python(code, str(tmp_path), FASTLSTM_CACHE=str(tmp_path), NUMBA_NUM_THREADS="2")
+
+
+@pytest.mark.parametrize("dtypes", ["float32", np.float32, np.dtype("float64"), ["f4", "f8"], (), iter(["f4"])])
+def test_warmup_takes_dtypes(dtypes):
+    assert fastlstm.warmup(dtypes) is None
+    assert fastlstm.warmup(training=True) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dtypes": ["float16"]}, ValueError, "`dtype` must be float32 or float64, got float16"),
+        ({"dtypes": "float31"}, TypeError, "`dtype` must be float32 or float64, got 'float31'"),
+        ({"training": 1}, TypeError, "`training` must be True or False"),
+    ],
+)
+def test_warmup_refuses_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fastlstm.warmup(**arguments)
+
+
+def test_import_takes_nothing_heavy_along():
+    code = """
+import sys, fastlstm
+heavy = {"numba", "llvmlite", "torch", "safetensors", "argparse", "matplotlib", "fastlstm.bench", "fastlstm.demo",
+         "fastlstm.cli", "fastlstm.kernels", "fastlstm.reference"}
+print(sorted(heavy & sys.modules.keys()))
+"""
+    assert run_python(code) == "[]\n"
+
+
+def test_everything_public_is_there():
+    for name in fastlstm.__all__:
+        assert getattr(fastlstm, name) is not None
+    assert {"LSTM", "Linear", "Sequential", "Stream", "from_torch", "load", "save"} <= set(fastlstm.__all__)
