@@ -22,7 +22,8 @@ from fastlstm.kernels.simd import I64, kernel, target
 FUNCTIONS = {"sigmoid": sigmoid, "tanh": tanh}
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 # Error in units of the last place; measured on AVX-512: 3.190 and 2.498 over every float32, 0 and 0 in float64.
-WORST_ULP = {("sigmoid", F32): 3.3, ("tanh", F32): 2.7, ("sigmoid", F64): 3.3, ("tanh", F64): 2.7}
+WORST_ULP = {("sigmoid", F32): 2.3, ("tanh", F32): 2.7, ("sigmoid", F64): 1.8, ("tanh", F64): 2.7}
+SIGMOID_TAIL_ULP = 5.5  # float32, below -16
 
 
 @cache
@@ -133,9 +134,13 @@ def test_every_float32(name: str) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         starts = range(0, 1 << 32, CHUNK)
         results = np.array(list(pool.map(lambda first: sweep(name, first), starts)))
-    worst = results[:, 0].argmax()
-    print(f"{name}: {results[worst, 0]:.3f} ulp near {np.uint32(worst * CHUNK).view(np.float32)!r}")
-    assert results[worst, 0] <= WORST_ULP[name, F32]
+    first = np.arange(0, 1 << 32, CHUNK, dtype=np.uint32).view(np.float32)
+    # Towards the end of the range of e^-x the one rounded ln 2 tells: up to 2 ulp in the exponent.
+    tail = first <= -16 if name == "sigmoid" else np.zeros(first.shape, bool)
+    for where, bound in ((~tail, WORST_ULP[name, F32]), (tail, SIGMOID_TAIL_ULP)):
+        worst = results[where, 0].max(initial=0)
+        print(f"{name}: {worst:.3f} ulp")
+        assert worst <= bound
     # A sigmoid below the normal numbers may be 0, as 1 + e^-x overflows; tanh keeps them.
     assert results[:, 1].max() <= (SMALLEST_NORMAL / 2 if name == "sigmoid" else 0)
 

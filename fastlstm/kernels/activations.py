@@ -1,12 +1,12 @@
-"""Sigmoid and tanh on vectors, as quotients that cost one division together.
+"""Sigmoid and tanh on vectors, as fractions whose product costs one division.
 
 With q(r) = e^r - 1 and r = x - n ln 2, |r| <= ln 2 / 2, every exponential here is 2^n (1 + q(r)).
 
     sigmoid(x) = 1 / (1 + e^-x)
     tanh(x)    = sign(x) * -m / (2 + m),        m = e^(-2|x|) - 1,  exact to the last bits near 0
 
-Both denominators are sums of positive terms and tanh's lies in (1, 2], so products of the two cannot overflow before
-the sigmoid itself does.  A `Quotient` keeps numerator and denominator apart: sigmoid(a) * tanh(b) is one division.
+Both denominators are sums of positive terms and tanh's lies in (1, 2], so a product of the two cannot overflow before
+the sigmoid itself does: sigmoid(a) * tanh(b) is one division.
 
 q(r) = r + r^2 P(r), where P interpolates (e^r - 1 - r) / r^2 at the Chebyshev points of the interval; the coefficients
 are rounded from exact arithmetic, and `tests/test_activations.py` derives them again.  Degree 4 leaves a relative
@@ -21,7 +21,7 @@ import numpy as np
 
 from fastlstm.kernels.simd import Vec, fma
 
-__all__ = ["CONSTANTS", "Quotient", "sigmoid", "tanh"]
+__all__ = ["CONSTANTS", "Sigmoid", "Tanh", "sigmoid", "tanh"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ CONSTANTS = {
         ln2_high=0.6931471803691238,
         ln2_low=1.9082149292705877e-10,
         one_ln2=False,
-        sigmoid_range=(-709.0, 708.0),
+        sigmoid_range=(-709.3, 708.0),
         tanh_range=-20.0,
         coefficients=(
             0.5000000000000001,
@@ -85,24 +85,37 @@ CONSTANTS = {
 
 
 @dataclass(frozen=True)
-class Quotient:
-    """A number kept as numerator / denominator until somebody needs its value."""
+class Sigmoid:
+    """1 / denominator, kept apart until somebody needs the value; zero where x is below the range of e^-x."""
 
-    numerator: Vec | None  # None is one
     denominator: Vec
+    x: Vec
 
-    def __mul__(self, other: Quotient | Vec) -> Quotient:
-        numerator = other.numerator if isinstance(other, Quotient) else other
-        if numerator is not None and self.numerator is not None:
-            numerator = self.numerator * numerator
-        denominator = self.denominator * other.denominator if isinstance(other, Quotient) else self.denominator
-        return Quotient(self.numerator if numerator is None else numerator, denominator)
+    def _exact(self) -> Vec:
+        return self.denominator.unless_below(self.x, CONSTANTS[self.x.builder.dtype].sigmoid_range[0], np.inf)
+
+    def times(self, factor: Vec | Tanh) -> Vec:
+        """Return the product with a number, or with a tanh in one division."""
+        if isinstance(factor, Vec):
+            return factor / self._exact()
+        d = self.denominator  # d (2 + m) without rounding 2 + m; it need not be infinite: the numerator is at most 1
+        return factor.numerator / fma(d, factor.m, d * 2.0)
 
     def value(self) -> Vec:
         """Divide."""
-        if self.numerator is None:
-            return 1.0 / self.denominator
-        return self.numerator / self.denominator
+        return 1.0 / self._exact()
+
+
+@dataclass(frozen=True)
+class Tanh:
+    """numerator / (2 + m), kept apart until somebody needs the value."""
+
+    numerator: Vec
+    m: Vec
+
+    def value(self) -> Vec:
+        """Divide."""
+        return self.numerator / (self.m + 2.0)
 
 
 def _reduce(x: Vec, factor: int) -> tuple[Vec, Vec, Vec]:
@@ -130,19 +143,19 @@ def _polynomial(coefficients: tuple[float, ...], x: Vec) -> Vec:
     return total
 
 
-def sigmoid(x: Vec) -> Quotient:
+def sigmoid(x: Vec) -> Sigmoid:
     """Return 1 / (1 + e^-x); 0 where e^-x overflows, NaN for NaN."""
     low, high = CONSTANTS[x.builder.dtype].sigmoid_range
     s, r, p = _reduce(x.at_least(low).at_most(high), -1)
     denominator = fma(s, fma(p, r * r, r), s + 1.0)  # s + 1 is exact where it matters: one rounding
-    return Quotient(None, denominator.unless_below(x, low, np.inf))
+    return Sigmoid(denominator, x)
 
 
-def tanh(x: Vec) -> Quotient:
+def tanh(x: Vec) -> Tanh:
     """Return tanh(x) = sign(x) * -m / (2 + m) with m = e^(-2|x|) - 1; NaN for NaN."""
     sign = 1 << (8 * x.builder.dtype.itemsize - 1)
     negative = (x.bits() | sign).numbers()
     s, r, p = _reduce(negative.at_least(CONSTANTS[x.builder.dtype].tanh_range), 2)
     m = fma(s, fma(p, r * r, r), s - 1.0)
     numerator = ((m.bits() & (sign - 1)) | (x.bits() & sign)).numbers()
-    return Quotient(numerator, m + 2.0)
+    return Tanh(numerator, m)

@@ -236,8 +236,8 @@ class _Cells:
 
 def advance_cell(z_i: Vec, z_f: Vec, z_g: Vec, z_o: Vec, c: Vec) -> tuple[Vec, Vec]:
     """Return h and c of the next step."""
-    c = (sigmoid(z_f) * c).value() + (sigmoid(z_i) * tanh(z_g)).value()
-    return (sigmoid(z_o) * tanh(c)).value(), c
+    c = sigmoid(z_f).times(c) + sigmoid(z_i).times(tanh(z_g))
+    return sigmoid(z_o).times(tanh(c)), c
 
 
 def _emit_advance(
