@@ -221,6 +221,7 @@ def run_python(code: str, *args: str, timeout: float = 300, **variables: str | N
     """Run code in a fresh interpreter and return what it printed; any other end than a clean one fails the test."""
     done = subprocess.run(
         [sys.executable, "-c", code, *args],
+        cwd=SOURCES.anchor,  # not a folder with a package that would come before that of PYTHONPATH
         env=environment(**variables),
         capture_output=True,
         text=True,
