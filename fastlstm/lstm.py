@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -363,6 +365,19 @@ class LSTM(Layer, SequenceModel):
         return Stream(self, batch_size, state)
 
 
+_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Free the streams that other threads were using, which the child does not have."""
+    for stream in _streams:
+        stream._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class Stream:
     """A layer with a state that it carries from call to call; made by `LSTM.stream`.
 
@@ -376,12 +391,13 @@ class Stream:
         self._lstm = lstm
         self._batch_size = as_size("batch_size", batch_size)
         self._lock = threading.Lock()
+        _streams.add(self)
         self._start(*lstm._check_state(state, self._batch_size))
 
     def _start(self, h: Array | None, c: Array | None) -> None:
         self._params = self._lstm._params
         self._runner = self._lstm._packed_weights().stream(self._batch_size)
-        self._step: Callable[[Array, Array], Array] = self._runner.step
+        self._step: Callable[[Array, Array], Array] = self._runner.stepper()
         self._x_shape = (self._batch_size, self._lstm.input_size)
         self._y_shape = (self._batch_size, self._lstm._output_size)
         self._dtype = self._lstm.dtype

@@ -1,4 +1,4 @@
-"""What the tests share: cases and their weights, expected results, comparison by bits, forced strategies, subprocesses."""
+"""What the tests share: cases and their weights, exact results, comparison by bits, strategies, subprocesses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +144,10 @@ def grid(case: Case, **axes: Any) -> list[Case]:
 def tolerance(case: Case) -> float:
     """Return how far a result may lie from the exact one, relative to the larger of the value and 1.
 
-    An element of z is a chain of K = I + P + 1 sums.  Rounding adds at most half an eps of the partial sum to each, which
-    for independent errors makes eps / 2 * sqrt(K) where partial sums are about 1; a state carries the errors of the
-    steps before, which the forget gate (about 1/2) doubles.  The worst of some 10^5 elements lies five deviations out.
-    Layers add up: the second reads the first's errors, again through gates that halve them.
+    An element of z is a sum of K = I + P + 1 terms.  Rounding adds at most half an eps of the partial sum to each,
+    which for independent errors makes eps / 2 * sqrt(K) where partial sums are about 1; a state carries the errors of
+    the steps before, which the forget gate (about 1/2) doubles.  The worst of some 10^5 elements lies five deviations
+    out.  Layers add up: the second reads the first's errors, again through gates that halve them.
     """
     widest = max(case.I, case.D * (case.P or case.H) if case.L > 1 else 0)
     K = widest + (case.P or case.H) + 1
@@ -187,13 +186,19 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
 
 @contextmanager
 def forced(ranks: int, shares: int, groups: int, hoisted: bool, chunk: int) -> Iterator[None]:
-    """Share out every call and stream in one way, in place of what the library would choose."""
+    """Share out every call and stream in one way, in place of what the library would choose; at most N groups."""
     from fastlstm.kernels import network
 
-    how = network.Strategy(ranks, shares, groups, hoisted, chunk)
     forward, choose = network.Network.forward, network.choose_strategy
-    network.Network.forward = partialmethod(forward, how=how)
-    network.choose_strategy = lambda *_: how  # of streams
+
+    def how(N: int) -> network.Strategy:
+        return network.Strategy(ranks, shares, min(groups, N), hoisted, chunk)
+
+    def forced_forward(self: Any, x: Any, out: Any, strides: Any, T: int, N: int, *rest: Any) -> None:
+        forward(self, x, out, strides, T, N, *rest, how=how(N))
+
+    network.Network.forward = forced_forward
+    network.choose_strategy = lambda _, N, *rest: how(N)  # of streams
     try:
         yield
     finally:

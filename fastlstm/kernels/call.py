@@ -9,6 +9,7 @@ The address of an array's data is the first field behind the object's head in Nu
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -90,12 +91,15 @@ def builtin_kernel(_: None):
     return builtin, types.int64(types.int64, types.int64, types.int64)
 
 
-_methods: list[_Method] = []
+@functools.cache
+def _method() -> _Method:
+    """Return the method definition, for ever: functions that outlive this module at exit still refer to it."""
+    method = _Method(b"run", entry(builtin_kernel), METH_FASTCALL, None)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(method))
+    return method
 
 
 def bind(plan: NDArray[np.int64]) -> Callable[..., NDArray[Any]]:
     """Return a function that runs a plan on this thread: of x and out, or of x, out, h_n and c_n; it returns out."""
-    if not _methods:
-        _methods.append(_Method(b"run", entry(builtin_kernel), METH_FASTCALL, None))
-    function: Callable[..., NDArray[Any]] = _new_function(_methods[0], plan, None)
+    function: Callable[..., NDArray[Any]] = _new_function(_method(), plan, None)
     return function

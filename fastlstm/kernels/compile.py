@@ -34,6 +34,16 @@ Description = Callable[[Any], tuple[Callable[..., Any], Any]]
 _lock = threading.RLock()
 
 
+def _after_fork() -> None:
+    """Free the lock that another thread may have held, which the child does not have."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 _FLAGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "CPU_NAME", "CPU_FEATURES")
 
 

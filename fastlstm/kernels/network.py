@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,7 +113,6 @@ class Network:
         }  # fmt: skip
         self._plan = plan
         self._idle: dict[tuple[Any, ...], Workspace] = {}  # of calls before, for calls like them
-        self._lock = threading.Lock()
 
     def _fits_tile(self, rows: int) -> bool:
         """Return whether one tile holds all hidden units of a group of rows."""
@@ -170,7 +169,7 @@ class Network:
         plain = state_in[0] is None and state_in[1] is None and lengths is None and reset is None and how is None
         threads_now = threads.get_num_threads()
         key = (T, N, strides, threads_now)
-        space = self._take(key) if plain else None
+        space = self._idle.pop(key, None) if plain else None
         if space is None:
             how = how or choose_strategy(self, N, T, threads_now, lengths)
             if order is not None and lengths is not None and how.shares == 1 and how.groups > 1:
@@ -187,15 +186,12 @@ class Network:
         if plain and space.buffer.nbytes <= KEPT_SCRATCH:
             self._keep(key, space)
 
-    def _take(self, key: tuple[Any, ...]) -> Workspace | None:
-        with self._lock:
-            return self._idle.pop(key, None)
-
     def _keep(self, key: tuple[Any, ...], space: Workspace) -> None:
-        with self._lock:
-            self._idle[key] = space
-            if len(self._idle) > KEPT_WORKSPACES:
-                del self._idle[next(iter(self._idle))]
+        """Leave a workspace to the next call like this one; without a lock, which a fork could leave taken."""
+        self._idle[key] = space
+        if len(self._idle) > KEPT_WORKSPACES:
+            with suppress(StopIteration, RuntimeError):  # another thread was faster
+                self._idle.pop(next(iter(self._idle)), None)
 
     def stream(self, N: int) -> StreamRunner:
         """Return a runner that keeps a state."""
@@ -206,7 +202,7 @@ class Workspace:
     """The scratch of a call and the plan that points into it; state in buffers of its own unless the plan has them."""
 
     def __init__(self, network: Network, N: int, T: int, how: Strategy, values: dict[str, int]) -> None:
-        self.network, self.how = network, how
+        self.how = how
         h_bytes, c_bytes = (0, 0) if "h" in values else network.state_bytes(N)
         scratch_bytes, offsets = network.scratch_bytes(N, T, how)
         self.buffer = aligned(h_bytes + c_bytes + scratch_bytes, np.dtype(np.uint8))
@@ -246,12 +242,14 @@ class StreamRunner:
         self._h = self._h.reshape(s.L, 2, N, network.state_width)
         self._c = self._state[h_bytes:].view(network.dtype)[: s.L * N * network.cut.padded]
         self._c = self._c.reshape(s.L, N, network.cut.padded)
-        parallel = choose_strategy(network, N, 1, threads.get_num_threads(), None).ranks > 1
-        self.step = self.chunk if parallel else self._space.run_serial
-        """Run one step, x (N, I) -> out (N, P), and return out."""
 
     def _workspace(self, T: int, how: Strategy) -> Workspace:
         return Workspace(self.network, self.N, T, how, self._values | {"T": T})
+
+    def stepper(self) -> Callable[[Array, Array], Array]:
+        """Return a function that runs one step, x (N, I) -> out (N, P), and returns out."""
+        how = choose_strategy(self.network, self.N, 1, threads.get_num_threads(), None)
+        return self.chunk if how.ranks > 1 else self._space.run_serial
 
     def chunk(self, x: Array, out: Array, T: int = 1) -> Array:
         """Run T steps, x (T, N, I) -> out (T, N, P), and return out."""
