@@ -14,16 +14,16 @@ __all__ = ["as_array", "as_bools", "as_indices", "as_out", "as_size", "check_fla
 Array = NDArray[Any]
 
 
-def as_size(name: str, value: object, least: int = 1) -> int:
-    """Return an integer argument of at least `least`."""
+def as_size(name: str, value: object, least: int = 1, most: int = 1 << 24) -> int:
+    """Return an integer argument from `least` to `most`."""
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"`{name}` must be an integer, got {type(value).__name__}")
     try:
         size = operator.index(cast(Any, value))
-    except TypeError:
+    except Exception:  # whatever the object's own conversion raises
         raise TypeError(f"`{name}` must be an integer, got {type(value).__name__}") from None
-    if size < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {size}")
+    if not least <= size <= most:
+        raise ValueError(f"`{name}` must be {f'at least {least}' if size < least else f'at most {most}'}, got {size}")
     return size
 
 

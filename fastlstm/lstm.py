@@ -9,6 +9,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -144,7 +145,7 @@ class LSTM(Layer, SequenceModel):
     _SETTINGS: ClassVar[dict[str, Setting]] = {
         "input_size": (as_size, ...),
         "hidden_size": (as_size, ...),
-        "num_layers": (as_size, 1),
+        "num_layers": (partial(as_size, most=1 << 12), 1),
         "bias": (check_flag, True),
         "batch_first": (check_flag, False),
         "dropout": (_probability, 0.0),

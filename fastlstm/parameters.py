@@ -53,7 +53,7 @@ class Layer(ABC):
         """Draw the weights, uniform in +-bound."""
         random = rng
         if not isinstance(random, np.random.Generator):
-            random = np.random.default_rng(None if rng is None else as_size("rng", rng, least=0))
+            random = np.random.default_rng(None if rng is None else as_size("rng", rng, least=0, most=1 << 256))
         shapes = self._shapes()
         self._set_params({name: random.uniform(-bound, bound, shapes[name]).astype(self.dtype) for name in shapes})
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+
+from fastlstm.checks import as_size
 
 __all__ = ["get_num_threads", "set_num_threads"]
 
@@ -96,8 +99,4 @@ def set_num_threads(n: int) -> None:
     >>> fastlstm.set_num_threads(before)
     """
     global _threads
-    if isinstance(n, bool) or not hasattr(n, "__index__"):
-        raise TypeError(f"`n` must be an integer, got {type(n).__name__}")
-    if n.__index__() < 1:
-        raise ValueError(f"`n` must be at least 1, got {n}")
-    _threads = min(n.__index__(), _pool_size())
+    _threads = min(as_size("n", n, most=sys.maxsize), _pool_size())
