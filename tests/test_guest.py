@@ -626,16 +626,22 @@ def growth(call):
 @on_linux
 @pytest.mark.parametrize("threads", ["1", "2"])
 @pytest.mark.parametrize(
-    ("steps", "options"),
-    [(100_000, "{}"), (20_000, "{'reset': np.zeros((20_000, 1), bool)}"), (20_000, "{'lengths': [19_999]}")],
+    ("steps", "layer", "options"),
+    [
+        (100_000, "16, 256", "{}"),
+        (20_000, "16, 256", "{'reset': np.zeros((20_000, 1), bool)}"),
+        (20_000, "16, 256", "{'lengths': [19_999]}"),
+        (20_000, "1, 256, 2", "{}"),  # the input product is not hoisted; there is something between layers
+        (20_000, "1, 257, 2, proj_size=256", "{}"),
+    ],
 )
-def test_memory_does_not_grow_with_the_length_of_a_sequence(threads: str, steps: int, options: str) -> None:
+def test_memory_does_not_grow_with_the_length_of_a_sequence(threads: str, steps: int, layer: str, options: str) -> None:
     """Under 8 MB beside input, output and weights; the control shows that 8 MB would be seen."""
     code = (
         MEMORY
         + f"""
-lstm = fastlstm.LSTM(16, 256)
-x, out = np.ones(({steps}, 1, 16), np.float32), np.ones(({steps}, 1, 256), np.float32)
+lstm = fastlstm.LSTM({layer})
+x, out = np.ones(({steps}, 1, lstm.input_size), np.float32), np.ones(({steps}, 1, 256), np.float32)
 options = {options}
 lstm(x[:50])
 lstm(x[:50], reset=np.zeros((50, 1), bool), lengths=[50])
