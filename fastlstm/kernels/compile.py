@@ -34,14 +34,8 @@ Description = Callable[[Any], tuple[Callable[..., Any], Any]]
 _lock = threading.RLock()
 
 
-def _after_fork() -> None:
-    """Free the lock that another thread may have held, which the child does not have."""
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # no fork while another thread compiles: the child would lack it and keep its locks
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 _FLAGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "CPU_NAME", "CPU_FEATURES")
