@@ -132,7 +132,7 @@ JUNK = st.one_of(
         [
             Hostile(), NotQuiteDlpack(), object(), ..., NotImplemented, int, np.float32, np.add, range(3), iter([1]),
             len, decimal.Decimal(1), fractions.Fraction(1, 2), datetime.date(2000, 1, 1), 2**63, -(2**63) - 1, 2**200,
-            10**400, np.float32(np.nan), np.datetime64("NaT"), np.ma.masked, np.rec.array([(1, 2.0)]),
+            10**400, np.float32(np.nan), np.datetime64("NaT", "s"), np.ma.masked, np.rec.array([(1, 2.0)]),
             memoryview(b"abc"), bytearray(4), slice(3), Exception("x"), [None], [[None]], [[[]]], [Hostile()],
             [[1, 2], [3]], {"a": 1}.keys(), "é\0",
         ]
