@@ -9,7 +9,17 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_array", "as_bools", "as_indices", "as_out", "as_size", "check_flag", "check_shape", "float_dtype"]
+__all__ = [
+    "as_array",
+    "as_bools",
+    "as_generator",
+    "as_indices",
+    "as_out",
+    "as_size",
+    "check_flag",
+    "check_shape",
+    "float_dtype",
+]
 
 Array = NDArray[Any]
 
@@ -25,6 +35,13 @@ def as_size(name: str, value: object, least: int = 1, most: int = 1 << 24) -> in
     if not least <= size <= most:
         raise ValueError(f"`{name}` must be {f'at least {least}' if size < least else f'at most {most}'}, got {size}")
     return size
+
+
+def as_generator(rng: object) -> np.random.Generator:
+    """Return a generator of random numbers from itself, a seed or None."""
+    if isinstance(rng, np.random.Generator):
+        return rng
+    return np.random.default_rng(None if rng is None else as_size("rng", rng, least=0, most=1 << 256))
 
 
 def check_flag(name: str, value: object) -> bool:

@@ -14,13 +14,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastlstm.checks import as_array, as_bools, as_indices, as_out, as_size, check_flag, check_shape, to_numpy
+from fastlstm.checks import (
+    as_array,
+    as_bools,
+    as_generator,
+    as_indices,
+    as_out,
+    as_size,
+    check_flag,
+    check_shape,
+    to_numpy,
+)
 from fastlstm.parameters import Layer, Setting
 
 if TYPE_CHECKING:
     import torch
 
     from fastlstm.kernels.network import Network
+    from fastlstm.kernels.training import Direction
+    from fastlstm.tape import Tape
 
 __all__ = ["LSTM", "Call", "SequenceModel", "Stream"]
 
@@ -315,20 +327,93 @@ class LSTM(Layer, SequenceModel):
             network.forward(call.x, output, strides, T, N, call.state, (h_n, c_n), call.order, call.lengths, call.reset)
         return output, (h_n, c_n) if call.batched else (h_n[:, 0], c_n[:, 0])
 
-    def _check_state(self, state: object, N: int, batched: bool = True) -> tuple[Array | None, Array | None]:
+    def record(
+        self,
+        x: ArrayLike,
+        state: tuple[ArrayLike, ArrayLike] | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        reset: ArrayLike | None = None,
+        rng: int | np.random.Generator | None = None,
+        checkpoint_every: int | None = None,
+    ) -> Tape:
+        """Run the layer and keep what the gradients need.
+
+        Parameters
+        ----------
+        x, state, lengths, reset
+            As for a call of the layer. `x` is copied: it may change before `backward`.
+        rng : int or numpy.random.Generator, optional
+            Seed of the dropout between layers.
+        checkpoint_every : int, optional
+            Keep states every so many steps only (rounded up to a multiple that depends on the sizes) and compute the
+            rest again in `backward`: a third more time, a sixth of the memory, the same bits. None keeps all: 6 numbers
+            for each hidden unit and step, the output included.
+
+        Returns
+        -------
+        Tape
+            With `output`, `state` and `backward`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As a call of the layer does.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastlstm import LSTM
+        >>> lstm = LSTM(3, 5, num_layers=2, dropout=0.1, rng=0)
+        >>> tape = lstm.record(np.ones((4, 2, 3), np.float32), rng=1)
+        >>> tape.output.shape
+        (4, 2, 5)
+        """
+        return self._record(self._check_call(x, state, lengths, reset), rng, checkpoint_every)
+
+    def _record(self, call: Call, rng: object, checkpoint_every: object, owned: bool = False) -> Tape:
+        """Record a checked call; `owned`: nobody else writes to its `x`."""
+        from fastlstm.tape import record_lstm
+
+        every = None if checkpoint_every is None else as_size("checkpoint_every", checkpoint_every, most=1 << 62)
+        return record_lstm(self, call, as_generator(rng) if self.dropout else None, every, owned)
+
+    def _pack_for_training(self, params: Mapping[str, Array]) -> list[list[Direction]]:
+        """Return the weights by layer and direction."""
+        from fastlstm.kernels.training import Direction
+
+        suffixes = ("", "_reverse")[: self._directions]
+        return [
+            [Direction(params, f"_l{k}{suffix}", suffix == "_reverse") for suffix in suffixes]
+            for k in range(self.num_layers)
+        ]
+
+    def _check_state(
+        self,
+        state: object,
+        N: int,
+        batched: bool = True,
+        argument: str = "state",
+        names: tuple[str, str] = ("h_0", "c_0"),
+    ) -> tuple[Array | None, Array | None]:
+        """Return the two arrays of a state, or of its gradient, of which either may be None."""
+        pair = f"({', '.join(names)})"
         if state is None:
             return None, None
         if not isinstance(state, (tuple, list)):
-            raise TypeError(f"`state` must be a pair (h_0, c_0), got {type(state).__name__}")
+            raise TypeError(f"`{argument}` must be a pair {pair}, got {type(state).__name__}")
         if len(state) != 2:
-            raise ValueError(f"`state` must be a pair (h_0, c_0), got {len(state)} arrays")
+            raise ValueError(f"`{argument}` must be a pair {pair}, got {len(state)} arrays")
         count, P, H = self.num_layers * self._directions, self._output_size, self.hidden_size
-        checked = []
-        for name, value, last, size in (("h_0", state[0], "P", P), ("c_0", state[1], "H", H)):
-            array = as_array(f"state: {name}", value, self.dtype)
+        checked: list[Array | None] = []
+        for name, value, last, size in zip(names, state, "PH", (P, H), strict=True):
+            if value is None and argument == "d_state":
+                checked.append(None)
+                continue
+            array = as_array(f"{argument}: {name}", value, self.dtype)
             symbols, shape = (f"(L*D, N, {last})", (count, N, size)) if batched else (f"(L*D, {last})", (count, size))
             if array.shape != shape:
-                raise ValueError(f"`state`: {name} must have shape {symbols} = {shape}, got {array.shape}")
+                raise ValueError(f"`{argument}`: {name} must have shape {symbols} = {shape}, got {array.shape}")
             checked.append(array.reshape(count, N, size))
         return checked[0], checked[1]
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastlstm.checks import as_array, as_out, as_size, check_flag
-from fastlstm.lstm import LSTM, SequenceModel
+from fastlstm.checks import as_array, as_generator, as_out, as_size, check_flag
+from fastlstm.lstm import LSTM, Call, SequenceModel
 from fastlstm.parameters import Layer, Setting, check_names
 
 if TYPE_CHECKING:
     from fastlstm.kernels.product import Product
+    from fastlstm.kernels.training import LinearGradients
+    from fastlstm.tape import Tape
 
 __all__ = ["Linear", "Sequential", "SequentialStream"]
 
@@ -146,6 +148,66 @@ class Linear(Layer):
             product: Product = self._packed_weights()
             product.apply(array.reshape(-1, self.in_features), out.reshape(-1, self.out_features))
         return out
+
+    def record(self, x: ArrayLike) -> Tape:
+        """Apply the layer to every row and keep what the gradients need.
+
+        Parameters
+        ----------
+        x : array_like, (..., in_features)
+            As for a call of the layer. It is copied: it may change before `backward`.
+
+        Returns
+        -------
+        Tape
+            With `output` and `backward`; its `state` is None.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As a call of the layer does.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastlstm import Linear
+        >>> gradients = Linear(5, 2, rng=0).record(np.ones((7, 3, 5))).backward(np.ones((7, 3, 2)))
+        >>> gradients.x.shape, gradients.params["bias"]
+        ((7, 3, 5), array([21., 21.], dtype=float32))
+        """
+        array = as_array("x", x, self.dtype)
+        return self._record(array.copy() if array is x or np.may_share_memory(array, x) else array)
+
+    def _record(self, x: Array) -> Tape:
+        """Record a call on an array that nobody else writes to."""
+        from fastlstm.tape import Gradients, Tape
+
+        output = self(x)
+        shape = (x.size // self.in_features, self.in_features)
+        params, weights = self._params, self._training_weights()
+
+        def backward(d_output: object, d_state: object) -> Gradients:
+            if d_state is not None:
+                raise ValueError(f"`d_state` must be None: a Linear has no state, got {type(d_state).__name__}")
+            found = {name: np.zeros_like(array) for name, array in params.items()}
+            d_x = np.zeros(shape, self.dtype)
+            if d_output is not None:
+                d_y = as_array("d_output", d_output, self.dtype)
+                if d_y.shape != output.shape:
+                    raise ValueError(
+                        f"`d_output` must have shape (..., out_features) = {output.shape}, got {d_y.shape}"
+                    )
+                if d_y.size:
+                    d_y = d_y.reshape(-1, self.out_features)
+                    d_x, found["weight"] = weights.backward(x.reshape(shape), d_y, found.get("bias"))
+            return Gradients(d_x.reshape(x.shape), None, found)
+
+        return Tape(output, None, backward)
+
+    def _pack_for_training(self, params: Mapping[str, Array]) -> LinearGradients:
+        from fastlstm.kernels.training import LinearGradients
+
+        return LinearGradients(params["weight"])
 
 
 class Sequential(SequenceModel):
@@ -349,31 +411,114 @@ class Sequential(SequenceModel):
             else:
                 y = layer(y, out=target)
             states.append(final)
-        if isinstance(self._layers[-1], Linear) and call.order is not None and call.lengths is not None:
-            lengths = np.empty_like(call.lengths)
-            lengths[call.order] = call.lengths
-            padding = np.arange(call.T)[:, None] >= lengths
-            y[(padding.T if self.batch_first else padding) if call.batched else padding[:, 0]] = 0
+        valid = self._valid(call)
+        if isinstance(self._layers[-1], Linear) and valid is not None:
+            y[~valid[..., 0]] = 0
         return y, states
 
-    def _check_state(self, state: object, N: int, batched: bool = True) -> list[Any]:
-        if state is None:
-            entries: Any = [None] * len(self)
-        elif not isinstance(state, (list, tuple)):
-            raise TypeError(f"`state` must be a list with an entry a layer, got {type(state).__name__}")
-        elif len(state) != len(self):
-            raise ValueError(f"`state` must have an entry a layer, {len(self)} of them, got {len(state)}")
-        else:
-            entries = state
-        checked: list[Any] = []
-        for i, (layer, entry) in enumerate(zip(self._layers, entries, strict=True)):
-            if isinstance(layer, Linear):
-                if entry is not None:
-                    raise ValueError(f"`state` must be None for layer {i}, a Linear, got {type(entry).__name__}")
-                checked.append(None)
+    def record(
+        self,
+        x: ArrayLike,
+        state: InitialStates | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        reset: ArrayLike | None = None,
+        rng: int | np.random.Generator | None = None,
+        checkpoint_every: int | None = None,
+    ) -> Tape:
+        """Run the model and keep what the gradients need.
+
+        Parameters
+        ----------
+        x, state, lengths, reset
+            As for a call of the model. `x` is copied: it may change before `backward`.
+        rng, checkpoint_every
+            As for `LSTM.record`.
+
+        Returns
+        -------
+        Tape
+            With `output`, `state` and `backward`; `state` and its gradients are lists with an entry a layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As a call of the model does.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastlstm import LSTM, Linear, Sequential
+        >>> model = Sequential(LSTM(3, 5, rng=0), Linear(5, 1, rng=1))
+        >>> tape = model.record(np.ones((4, 2, 3), np.float32))
+        >>> list(tape.backward(np.ones((4, 2, 1), np.float32)).params)[-2:]
+        ['1.weight', '1.bias']
+        """
+        from fastlstm.tape import Gradients, Tape
+
+        call = self._check_call(x, state, lengths, reset)
+        random = as_generator(rng)
+        valid = self._valid(call)
+        y, owned, tapes = call.x, False, []
+        for layer, initial in zip(self._layers, call.state, strict=True):
+            if isinstance(layer, LSTM):
+                tapes.append(layer._record(call._replace(x=y, state=initial), random, checkpoint_every, owned))
             else:
-                checked.append(layer._check_state(entry, N, batched))
-        return checked
+                tapes.append(layer._record(y if owned else y.copy()))
+            y, owned = tapes[-1].output, True
+        last_is_linear = isinstance(self._layers[-1], Linear)
+        if last_is_linear and valid is not None:
+            y = y * valid
+
+        def backward(d_output: Any, d_state: Any) -> Gradients:
+            d_states = self._check_entries(d_state, "d_state")
+            states: list[Any] = [None] * len(self)
+            params: list[dict[str, Array]] = [{}] * len(self)
+            if d_output is not None:
+                d_output = as_array("d_output", d_output, self.dtype)
+                if d_output.shape != y.shape:
+                    symbols = self._symbols("O", call.batched)
+                    raise ValueError(f"`d_output` must have shape {symbols} = {y.shape}, got {d_output.shape}")
+                if last_is_linear and valid is not None:
+                    d_output = d_output * valid
+            for i in reversed(range(len(self))):
+                d_output, states[i], params[i] = tapes[i].backward(d_output, d_states[i])
+            return Gradients(
+                d_output,
+                states,
+                {f"{i}.{name}": array for i, found in enumerate(params) for name, array in found.items()},
+            )
+
+        return Tape(y, [tape.state for tape in tapes], backward)
+
+    def _valid(self, call: Call) -> Array | None:
+        """Return whether each step lies within the length of its row, laid out as the output; None: all do."""
+        if call.order is None or call.lengths is None:
+            return None
+        lengths = np.empty_like(call.lengths)
+        lengths[call.order] = call.lengths
+        valid = np.arange(call.T)[:, None, None] < lengths[:, None]
+        return (valid.swapaxes(0, 1) if self.batch_first else valid) if call.batched else valid[:, 0]
+
+    def _check_entries(self, state: object, argument: str) -> list[Any]:
+        """Return the entries of a state, or of its gradient, a layer each; that of a Linear is None."""
+        if state is None:
+            return [None] * len(self)
+        if not isinstance(state, (list, tuple)):
+            raise TypeError(f"`{argument}` must be a list with an entry a layer, got {type(state).__name__}")
+        if len(state) != len(self):
+            raise ValueError(f"`{argument}` must have an entry a layer, {len(self)} of them, got {len(state)}")
+        for i, (layer, entry) in enumerate(zip(self._layers, state, strict=True)):
+            if isinstance(layer, Linear) and entry is not None:
+                raise ValueError(f"`{argument}` must be None for layer {i}, a Linear, got {type(entry).__name__}")
+        return list(state)
+
+    def _check_state(self, state: object, N: int, batched: bool = True) -> list[Any]:
+        entries = self._check_entries(state, "state")
+        return [
+            None if isinstance(layer, Linear) else layer._check_state(entry, N, batched)
+            for layer, entry in zip(self._layers, entries, strict=True)
+        ]
 
     # Streaming
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlstm.checks import as_array, as_size, check_flag, check_shape, float_dtype
+from fastlstm.checks import as_array, as_generator, check_flag, check_shape, float_dtype
 
 __all__ = ["Layer", "Setting", "check_names", "compare_names"]
 
@@ -39,6 +39,10 @@ class Layer(ABC):
     def _pack(self, params: Mapping[str, Array]) -> Any:
         """Return the weights packed for the kernels."""
 
+    @abstractmethod
+    def _pack_for_training(self, params: Mapping[str, Array]) -> Any:
+        """Return the weights packed for the kernels of the forward that is recorded, and of the backward."""
+
     @property
     @abstractmethod
     def _ends(self) -> tuple[int, int]:
@@ -47,13 +51,12 @@ class Layer(ABC):
     def _configure(self, dtype: object, **settings: object) -> None:
         """Check the settings and store them."""
         config = {name: check(name, settings[name]) for name, (check, _) in self._SETTINGS.items()}
-        self.__dict__.update(config, _config=config, dtype=float_dtype(dtype), _params={}, _packed=None)
+        self.__dict__.update(config, _config=config, dtype=float_dtype(dtype), _params={})
+        self.__dict__.update(_packed=None, _packed_for_training=None)
 
     def _randomise(self, bound: float, rng: object) -> None:
         """Draw the weights, uniform in +-bound."""
-        random = rng
-        if not isinstance(random, np.random.Generator):
-            random = np.random.default_rng(None if rng is None else as_size("rng", rng, least=0, most=1 << 256))
+        random = as_generator(rng)
         shapes = self._shapes()
         self._set_params({name: random.uniform(-bound, bound, shapes[name]).astype(self.dtype) for name in shapes})
 
@@ -118,6 +121,14 @@ class Layer(ABC):
         if packed is None or packed[0] is not params:
             packed = params, self._pack(params)
             self.__dict__["_packed"] = packed
+        return packed[1]
+
+    def _training_weights(self) -> Any:
+        """Return the weights packed for training, packed again if they have changed."""
+        params, packed = self._params, self._packed_for_training
+        if packed is None or packed[0] is not params:
+            packed = params, self._pack_for_training(params)
+            self.__dict__["_packed_for_training"] = packed
         return packed[1]
 
     @property

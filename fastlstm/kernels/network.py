@@ -17,7 +17,7 @@ from fastlstm.kernels.product import L2_BYTES
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
 from fastlstm.kernels.team import LINE
-from fastlstm.kernels.tile import GATES, advance_kernel, blocking, most_blocks, project_kernel
+from fastlstm.kernels.tile import GATES, advance_kernel, blocking, most_blocks, project_kernel, record_kernel
 
 __all__ = ["Network", "Sizes", "Strategy", "StreamRunner"]
 
@@ -75,9 +75,11 @@ class Network:
         float32 or float64.
     params : mapping of str to ndarray
         Weights under PyTorch's names, of that dtype.
+    reverse : bool, default False
+        Whether the one direction runs from the last step to the first.
     """
 
-    def __init__(self, sizes: Sizes, dtype: np.dtype[Any], params: Mapping[str, Array]) -> None:
+    def __init__(self, sizes: Sizes, dtype: np.dtype[Any], params: Mapping[str, Array], reverse: bool = False) -> None:
         self.sizes, self.dtype = sizes, dtype
         self.cut, self.p_cut = cut_units(sizes.H, dtype), cut_columns(sizes.P, dtype)
         self.projected = sizes.P != sizes.H
@@ -109,7 +111,7 @@ class Network:
             "width": self.width, "state_width": self.state_width, "projected": int(self.projected),
             "p_blocks": self.p_cut.blocks, "p_tail": int(self.p_cut.tail_units > 0),
             "advance": entry(advance_kernel, dtype), "project": entry(project_kernel, dtype),
-            "weights": _address(self._weights), "zeros": _address(self._zeros),
+            "weights": _address(self._weights), "zeros": _address(self._zeros), "reverse": int(reverse),
         }  # fmt: skip
         self._plan = plan
         self._idle: dict[tuple[Any, ...], Workspace] = {}  # of calls before, for calls like them
@@ -158,27 +160,31 @@ class Network:
         self, x: Array, out: Array, strides: tuple[int, int, int, int], T: int, N: int,
         state_in: tuple[Array | None, Array | None], state_out: tuple[Array, Array],
         order: Array | None = None, lengths: Array | None = None, reset: Array | None = None,
-        how: Strategy | None = None,
+        how: Strategy | None = None, saved: Array | None = None, dealt: bool = False,
     ) -> None:  # fmt: skip
         """Run a batch of sequences.
 
         x, out : contiguous, addressed by `strides` = (x_step, x_row, out_step, out_row) in numbers.
         state_in, state_out : (L*D, N, P) and (L*D, N, H); None is zeros.  order, lengths : int64 (N,), rows by falling
-        length and those lengths.  reset : bool (T, N), any strides.
+        length and those lengths.  reset : bool (T, N), any strides.  saved : (T, N, 5, H), rows in that order, written
+        for the backward.  dealt : whether rows are dealt to the groups of `how` already.
         """
         plain = state_in[0] is None and state_in[1] is None and lengths is None and reset is None and how is None
+        plain = plain and saved is None
         threads_now = threads.get_num_threads()
         key = (T, N, strides, threads_now)
         space = self._idle.pop(key, None) if plain else None
         if space is None:
             how = how or choose_strategy(self, N, T, threads_now, lengths)
-            if order is not None and lengths is not None and how.shares == 1 and how.groups > 1:
+            if order is not None and lengths is not None and how.shares == 1 and how.groups > 1 and not dealt:
                 order, lengths = deal_rows(order, lengths, how.groups)
             values = {
                 "T": T, "N": N, "x_step": strides[0], "x_row": strides[1], "out_step": strides[2],
                 "out_row": strides[3], "h_0": _address(state_in[0]), "c_0": _address(state_in[1]),
                 "order": _address(order), "lengths": _address(lengths), "reset": _address(reset),
             }  # fmt: skip
+            if saved is not None:
+                values |= {"saved": _address(saved), "advance": entry(record_kernel, self.dtype)}
             if reset is not None:
                 values |= {"reset_step": reset.strides[0], "reset_row": reset.strides[1]}
             space = Workspace(self, N, T, how, values)

@@ -20,18 +20,15 @@ from fastlstm.kernels.call import HEAD
 from fastlstm.kernels.product import block_tables, product_part, record
 from fastlstm.kernels.team import (
     OBJECTS,
-    SPINS_BEFORE_STEAL,
     byte_at,
     call_tile,
-    claim,
     clear,
     copy,
-    finish,
     finish_task,
     integer_at,
-    is_done,
     next_task,
     part,
+    phase_part,
     record_at,
     set_integer,
     wait_for_tasks,
@@ -62,6 +59,8 @@ PLAN = record(
     "h_0", "c_0",  # (L*D, N, P), (L*D, N, H); 0: zeros
     "order", "lengths",  # (N,): rows by falling length, and those lengths; 0: all rows have T steps, in their own order
     "reset", "reset_step", "reset_row",  # bytes (T, N); 0: none
+    "reverse",  # 1: the only direction runs from the last step to the first
+    "saved",  # (T, N, 5, H): i, f, g, o, c' of every step for the backward, rows in the order of the state; 0: none
     "middle",  # two buffers (T, N, 2P) between the layers of a bidirectional network
     "hoisted", "chunk",  # 1: the input product is hoisted; steps in a chunk
     "whole",  # 1: one tile holds all hidden units and no row differs from another, so that it can make many steps
@@ -88,6 +87,7 @@ SPAN = record(
     "z", "between", "m",
 )  # fmt: skip
 LOAD, HOIST, ADVANCE, PROJECT, SAVE = range(5)  # what a phase does
+KEPT = 5  # numbers that the backward needs of a hidden unit and step
 
 TABLES_AT = -(-SPAN.itemsize // 64) * 64
 
@@ -102,9 +102,10 @@ def forward_kernel(dtype: np.dtype):
     plan_type, span_type, i = from_dtype(PLAN), from_dtype(SPAN), types.int64
     span_at = record_at(span_type)
 
-    @part(types.void, plan_type, span_type, *[i] * 16)
+    @part(types.void, plan_type, span_type, *[i] * 17)
     def step(
-        p, q, start, start_stride, a, depth, a_panel, h, h_panel, c, to, to_width, out, valid, rows, first, last, sign
+        p, q, start, start_stride, a, depth, a_panel, h, h_panel, c, to, to_width, out, valid, saved,
+        rows, first, last, sign,
     ):  # fmt: skip
         """Advance rows by `q.together` steps for blocks first to last; arguments as in the tile.
 
@@ -132,6 +133,7 @@ def forward_kernel(dtype: np.dtype):
                         c + (row * p.units + unit) * size, p.units,
                         to + (row * to_width + unit) * size, to_width,
                         out + unit * size, q.out_rows + row * 8, sign * q.out_step, valid - unit,
+                        saved + (row * KEPT * p.H + unit) * size, KEPT * p.H, sign * p.N * KEPT * p.H, p.H, p.H - unit,
                     ))  # fmt: skip
                     row += here * count
 
@@ -213,7 +215,7 @@ def forward_kernel(dtype: np.dtype):
         k = q.layer * p.D + d
         rows = 0
         for j in range(q.chunk):
-            t = time(q, d, j)
+            t = time(q, d | p.reverse, j)
             for row in range(count_active(p, q, t)):
                 n = row if q.a_local else position(p, q.row0 + row) if q.layer == 0 else q.row0 + row
                 set_integer(q.a_rows + rows * 8, (j if q.a_local else t) * q.a_step + n * q.a_row)
@@ -227,14 +229,14 @@ def forward_kernel(dtype: np.dtype):
     @part(types.void, plan_type, span_type, i, i, i)
     def advance_share(p, q, d, first, last):
         """One step of one direction for blocks first to last."""
-        k = q.layer * p.D + d
-        t = time(q, d, q.j)
+        k, reverse = q.layer * p.D + d, d | p.reverse
+        t = time(q, reverse, q.j)
         rows = count_active(p, q, t)
         parity = (p.parity + q.done + q.j) & 1
         h_next = h_at(p, k, 1 - parity, q.row0)
         start, start_stride, depth = weight(p, k, BIAS), 0, weight(p, k, DEPTH)
         if p.hoisted:
-            z_from = q.z_from1 if d else q.z_from0
+            z_from = q.z_from1 if reverse else q.z_from0
             start = q.z + ((d - q.direction0) * p.chunk * q.rows + z_from) * p.width * size
             start_stride, depth = p.width, 0
         to, to_width, valid = h_next, p.state_width, p.H
@@ -244,17 +246,18 @@ def forward_kernel(dtype: np.dtype):
         out = q.out + ((q.j if q.out_local else t) * q.out_step + d * q.out_direction) * size
         step(
             p, q, start, start_stride, a, depth, weight(p, k, W_IH), h_at(p, k, parity, q.row0), weight(p, k, W_HH),
-            c_at(p, k, q.row0), to, to_width, out, valid, rows, first, last, -1 if d and p.D == 2 else 1,
+            c_at(p, k, q.row0), to, to_width, out, valid, p.saved + (t * p.N + q.row0) * KEPT * p.H * size,
+            rows, first, last, -1 if reverse else 1,
         )  # fmt: skip
         if p.reset and not p.projected:
             begin, end = first * block_units, min(last * block_units, p.units)
-            cut_state(p, q, k, t, d, h_next, begin, end, begin, end)
+            cut_state(p, q, k, t, reverse, h_next, begin, end, begin, end)
 
     @part(types.void, plan_type, span_type, i, i, i)
     def project_share(p, q, d, first, last):
         """H = m W_hr^T of one step of one direction for blocks first to last of the outputs."""
-        k = q.layer * p.D + d
-        t = time(q, d, q.j)
+        k, reverse = q.layer * p.D + d, d | p.reverse
+        t = time(q, reverse, q.j)
         rows = count_active(p, q, t)
         h_next = h_at(p, k, 1 - ((p.parity + q.done + q.j) & 1), q.row0)
         m = q.m + (d - q.direction0) * q.rows * p.units * size
@@ -269,7 +272,7 @@ def forward_kernel(dtype: np.dtype):
             copy(out + (integer_at(q.out_rows + row * 8) + begin) * size, source, (end - begin) * size)
         if p.reset:
             c_last = p.units if last == p.p_blocks + p.p_tail else 0
-            cut_state(p, q, k, t, d, h_next, begin, min(last * block_width, p.state_width), 0, c_last)
+            cut_state(p, q, k, t, reverse, h_next, begin, min(last * block_width, p.state_width), 0, c_last)
 
     @part(types.void, plan_type, span_type, i)
     def run_share(p, q, share):
@@ -279,9 +282,9 @@ def forward_kernel(dtype: np.dtype):
                 for d in range(q.direction0, q.direction1):
                     for layer in range(q.layer0, q.layer1):
                         if q.kind == LOAD:
-                            load_state(p, layer * p.D + d, row, d)
+                            load_state(p, layer * p.D + d, row, d | p.reverse)
                         elif not p.keep:
-                            save_state(p, layer * p.D + d, row, q.steps if d else length(p, row))
+                            save_state(p, layer * p.D + d, row, q.steps if d | p.reverse else length(p, row))
                     if q.kind == SAVE and p.lengths and q.layer1 == p.L:
                         for t in range(length(p, row), p.T):
                             clear(p.out + (t * p.out_step + position(p, row) * p.out_row + d * p.P) * size, p.P * size)
@@ -301,25 +304,7 @@ def forward_kernel(dtype: np.dtype):
                 else:
                     project_share(p, q, d, first, last)
 
-    @part(types.void, plan_type, span_type)
-    def run_phase(p, q):
-        """Do what this thread gets of a phase, its own share first, and wait for the rest."""
-        for attempt in range(q.shares):
-            share = attempt
-            if q.shares > 1:
-                share = (q.rank + attempt) % q.shares
-                if attempt > 0 and is_done(p.counters, share, q.phase, 0 if q.impatient else SPINS_BEFORE_STEAL):
-                    continue
-                q.impatient = int(attempt > 0)
-                if not claim(p.counters, share, q.phase):
-                    continue
-            run_share(p, q, share)
-            if q.shares > 1:
-                finish(p.counters, share, q.phase)
-        if q.shares > 1:
-            for share in range(q.shares):
-                is_done(p.counters, share, q.phase, -1)
-            q.phase += 1
+    run_phase = phase_part(plan_type, span_type, run_share)
 
     @part(types.void, plan_type, span_type)
     def connect(p, q):

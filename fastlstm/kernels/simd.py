@@ -158,20 +158,29 @@ class Pointer:
 
     def store_first(self, vec: Vec, count: ir.Value) -> None:
         """Write the first `count` lanes here and touch nothing behind them."""
-        b, lanes = self.builder, vec.lanes
+        self._masked("store", vec.lanes, count, vec.values, (), ir.VoidType())
+
+    def load_first(self, lanes: int, count: ir.Value) -> Vec:
+        """Return the first `count` numbers here and zeros in the lanes behind, touching nothing there."""
+        vector = self.builder.vector(lanes)
+        zeros = ir.Constant(vector, [ir.Constant(self.builder.scalar, 0.0)] * lanes)
+        return Vec(self.builder, self._masked("load", lanes, count, (), (zeros,), vector))
+
+    def _masked(
+        self, action: str, lanes: int, count: ir.Value, before: Sequence[ir.Value], behind: Sequence[ir.Value],
+        result: ir.Type,
+    ) -> ir.Value:  # fmt: skip
+        """Call LLVM's masked load or store of the first `count` lanes."""
+        b = self.builder
         index = ir.VectorType(I64, lanes)
         undefined = ir.Constant(index, ir.Undefined)
         first = b.ir.insert_element(undefined, count, I32(0))
         counts = b.ir.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
         mask = b.ir.icmp_signed("<", ir.Constant(index, list(range(lanes))), counts)
-        pointer = self._as_vector(lanes)
         suffix = f"v{lanes}f{8 * b.dtype.itemsize}"
-        name = (
-            f"llvm.masked.store.{suffix}.p0"
-            if llvm.llvm_version_info[0] > 14
-            else f"llvm.masked.store.{suffix}.p0{suffix}"
-        )
-        b.call(name, [*vec.values, pointer, I32(b.dtype.itemsize), mask], ir.VoidType())
+        pointee = "" if llvm.llvm_version_info[0] > 14 else suffix
+        name = f"llvm.masked.{action}.{suffix}.p0{pointee}"
+        return b.call(name, [*before, self._as_vector(lanes), I32(b.dtype.itemsize), mask, *behind], result)
 
 
 class Vec:
@@ -211,6 +220,9 @@ class Vec:
 
     def __truediv__(self, other: Vec | float) -> Vec:
         return self._apply(self.builder.ir.fdiv, other)
+
+    def __rsub__(self, other: float) -> Vec:
+        return Vec(self.builder, *map(self.builder.ir.fsub, self.operands(other), self.values))
 
     def __rtruediv__(self, other: float) -> Vec:
         return Vec(self.builder, *map(self.builder.ir.fdiv, self.operands(other), self.values))

@@ -23,18 +23,16 @@ from fastlstm.kernels.simd import I8, I32, I64
 __all__ = [
     "LINE",
     "OBJECTS",
-    "SPINS_BEFORE_STEAL",
     "byte_at",
     "call_kernel",
     "call_tile",
-    "claim",
     "clear",
     "copy",
-    "finish",
     "finish_task",
     "integer_at",
-    "is_done",
     "next_task",
+    "part",
+    "phase_part",
     "record_at",
     "run_parallel",
     "set_integer",
@@ -224,6 +222,34 @@ def is_done(counters, share, phase, spins):
         else:
             _yield_core()
     return True
+
+
+def phase_part(plan_type, state_type, run_share):
+    """Return a part that does what this thread gets of a phase, its own share first, and waits for the rest.
+
+    The plan has `counters`; the thread's state has `rank`, `shares`, `phase` and `impatient`.
+    """
+
+    @part(types.void, plan_type, state_type)
+    def run_phase(p, q):
+        for attempt in range(q.shares):
+            share = attempt
+            if q.shares > 1:
+                share = (q.rank + attempt) % q.shares
+                if attempt > 0 and is_done(p.counters, share, q.phase, 0 if q.impatient else SPINS_BEFORE_STEAL):
+                    continue
+                q.impatient = int(attempt > 0)
+                if not claim(p.counters, share, q.phase):
+                    continue
+            run_share(p, q, share)
+            if q.shares > 1:
+                finish(p.counters, share, q.phase)
+        if q.shares > 1:
+            for share in range(q.shares):
+                is_done(p.counters, share, q.phase, -1)
+            q.phase += 1
+
+    return run_phase
 
 
 @_lazy

@@ -34,6 +34,7 @@ __all__ = [
     "chain",
     "most_blocks",
     "project_kernel",
+    "record_kernel",
     "shapes",
 ]
 
@@ -235,6 +236,15 @@ class _Cells:
         return self.z[at // lanes].part(at % lanes, self.units)
 
 
+@dataclass(frozen=True)
+class _Record:
+    """Where a tile writes what the backward needs: a pointer for each row, numbers between gates, units that count."""
+
+    rows: list[Pointer]
+    H: ir.Value
+    valid: ir.Value
+
+
 def advance_cell(z_i: Vec, z_f: Vec, z_g: Vec, z_o: Vec, c: Vec) -> tuple[Vec, Vec]:
     """Return h and c of the next step."""
     c = sigmoid(z_f).times(c) + sigmoid(z_i).times(tanh(z_g))
@@ -244,7 +254,7 @@ def advance_cell(z_i: Vec, z_f: Vec, z_g: Vec, z_o: Vec, c: Vec) -> tuple[Vec, V
 def _emit_advance(
     b: Builder, shape: Shape, tiles, steps, start, start_stride, start_step,
     a, a_rows, a_step, a_depth, a_panel, a_next_panel, h, h_stride, h_depth, h_panel, h_next_panel,
-    c, c_stride, h_next, h_next_stride, out, out_rows, out_step, valid,
+    c, c_stride, h_next, h_next_stride, out, out_rows, out_step, valid, *recorded,
 ) -> None:  # fmt: skip
     """Emit steps of `tiles` tiles, one below the other.
 
@@ -254,8 +264,10 @@ def _emit_advance(
     h_next_panel : those of the blocks that come after, which a fetching tile brings to L2 meanwhile.
     c : in/out (rows, units), `c_stride` apart.  h_next : out (rows, units), `h_next_stride` apart.
     out : out rows at `out_rows`; the first `valid` units of the tile are written; none where `valid` is 0.
-    More than one step where the tile holds all units: from step to step `start`, `a`, `out` move by `start_step`,
-    `a_step`, `out_step` numbers, and `h` and `h_next` change places.
+    recorded : nothing, or what the backward needs: saved, saved_stride, saved_step, H, saved_valid.
+    saved : out (rows, 5, H), i, f, g, o, c', `saved_stride` apart; the first `saved_valid` units are written.
+    More than one step where the tile holds all units: from step to step `start`, `a`, `out`, `saved` move by
+    `start_step`, `a_step`, `out_step`, `saved_step` numbers, and `h` and `h_next` change places.
     """
     widths = _widths(b, shape)
     a_panels, h_panels = _panels(b, a_panel, a_depth, shape), _panels(b, h_panel, h_depth, shape)
@@ -266,6 +278,9 @@ def _emit_advance(
         h_write = b.pointer(b.ir.select(odd, h, h_next))
         start_at = b.pointer(start) + b.ir.mul(s, start_step)
         a_at, out_base = b.pointer(a) + b.ir.mul(s, a_step), b.pointer(out) + b.ir.mul(s, out_step)
+        if recorded:
+            saved, saved_stride, saved_step, H, saved_valid = recorded
+            saved_at = b.pointer(saved) + b.ir.mul(s, saved_step)
 
         def tile(i: ir.Value, _: list[Vec]) -> list[Vec]:
             row0 = b.ir.mul(i, I64(shape.rows))
@@ -280,7 +295,10 @@ def _emit_advance(
             c_rows = _strided(b, b.pointer(c), c_stride, row0, shape.rows)
             h_out = _strided(b, h_write, h_next_stride, row0, shape.rows)
             out_rows_here = _rows(b, out_base, out_rows, row0, shape.rows)
-            _emit_cells(b, shape, sums, c_rows, h_out, out_rows_here, valid)
+            record = None
+            if recorded:
+                record = _Record(_strided(b, saved_at, saved_stride, row0, shape.rows), H, saved_valid)
+            _emit_cells(b, shape, sums, c_rows, h_out, out_rows_here, valid, record)
             return []
 
         b.loop(tiles, tile)
@@ -298,7 +316,8 @@ def _take_alike(cells: list[_Cells], most: int) -> list[_Cells]:
 
 
 def _emit_cells(
-    b: Builder, shape: Shape, sums: list[list[Vec]], c: list[Pointer], h: list[Pointer], out: list[Pointer], valid
+    b: Builder, shape: Shape, sums: list[list[Vec]], c: list[Pointer], h: list[Pointer], out: list[Pointer], valid,
+    record: _Record | None,
 ) -> None:  # fmt: skip
     """Emit the cells of one tile: z in registers, c in/out, h and out written; a pointer for each row."""
     cells = []
@@ -325,6 +344,13 @@ def _emit_cells(
                 (c[x.row] + x.unit).store(c_vec.part(i * x.units, x.units))
                 (h[x.row] + x.unit).store(part)
                 (out[x.row] + x.unit).store_first(part, b.ir.sub(valid, I64(x.unit)))
+        if record is not None:
+            kept = [sigmoid(z_i).value(), sigmoid(z_f).value(), tanh(z_g).value(), sigmoid(z_o).value(), c_new]
+            for which, vecs in enumerate(kept):
+                for register, vec in zip(chains, vecs.registers(), strict=True):
+                    for i, x in enumerate(register):
+                        at = record.rows[x.row] + b.ir.add(b.ir.mul(record.H, I64(which)), I64(x.unit))
+                        at.store_first(vec.part(i * x.units, x.units), b.ir.sub(record.valid, I64(x.unit)))
 
 
 def project_kernel(dtype: np.dtype):
@@ -345,3 +371,13 @@ def advance_kernel(dtype: np.dtype):
         tile(table)
 
     return advance, types.void(types.int64)
+
+
+def record_kernel(dtype: np.dtype):
+    """Describe the tile that makes steps and keeps what the backward needs."""
+    tile = kernel(dtype, "record", 29, _emit_advance, shapes(dtype))
+
+    def record(table):
+        tile(table)
+
+    return record, types.void(types.int64)

@@ -1,0 +1,494 @@
+"""The sequence, backward: one direction of one layer, from the gradients of its results to those of all it was given.
+
+The steps run against the forward's order, a *chunk* of them at a time.  Within a chunk
+
+    STEPS      d_z of every step, into one buffer for the chunk: the cell's gradient and d_h = d_z W_hh
+    PACK       the chunk's rows of x, h and d_z as panels
+    GRADIENTS  d_W += d_z^T [x h] and d_x = d_z W_ih, as large products
+
+and between them the thread team meets.  Row `k` of a chunk counts its steps and, in a step, the rows in the order of
+falling length, so the sums over k are the same however rows and units are shared out.  STEPS is shared out like the
+forward: by groups of rows, each through all steps of the chunk, or by units, where each step is a phase of its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, from_dtype, types
+
+from fastlstm.kernels.gradient_tile import LEFT, most_rows, most_vectors, pieces
+from fastlstm.kernels.product import record
+from fastlstm.kernels.sequence import KEPT
+from fastlstm.kernels.simd import target
+from fastlstm.kernels.team import (
+    OBJECTS,
+    byte_at,
+    call_tile,
+    clear,
+    copy,
+    integer_at,
+    part,
+    phase_part,
+    record_at,
+    set_integer,
+)
+from fastlstm.kernels.tile import GATES
+
+__all__ = ["DOWN_DEPTH", "PLAN", "STATE", "TABLES", "backward_kernel"]
+
+DOWN_DEPTH = 128  # rows of a chunk in one sum: 128 lines of a panel are 32 KB and stay in L1
+
+# What one call is about, written by `training.py`.  Addresses in bytes, all else in numbers.
+PLAN = record(
+    "kernel",
+    "T", "N", "I", "P", "H", "reverse", "projected",
+    "linear",  # 1: no steps at all; d_z is given for T rows, and N is 1
+    "J", "parts",  # numbers in a row of d_z, parts of a sum over them: 4H and 4; where it is linear the outputs and 1
+    "x", "x_step", "x_row",  # (T, N, I)
+    "out", "out_step", "out_row",  # (T, N, P), the forward's output
+    "saved",  # (T, N, 5, H), of the forward
+    "h_0", "c_0",  # (N, P), (N, H); 0: zeros
+    "d_out", "d_out_step", "d_out_row",  # (T, N, P); 0: zeros
+    "d_h_n", "d_c_n",  # (N, P), (N, H); 0: zeros
+    "d_h_0", "d_c_0",  # (N, P), (N, H), out
+    "d_x", "d_x_step", "d_x_row", "add_x",  # (T, N, I), out; 0: not wanted; 1: added to what is there
+    "d_w_ih", "d_w_hh", "d_bias", "d_w_hr", "add_w",  # (4H, I), (4H, P), (4H,), (P, H), out; 1: added to what is there
+    "w_ih", "w_hh", "w_hr",  # panels of the weights as they are
+    "order", "lengths", "places", "active",  # (N,), (N,), (N,): a row's place by falling length; (T,): rows of a step
+    "reset", "reset_step", "reset_row",  # bytes (T, N); 0: none
+    "zeros", "ones",  # as many as the largest row; DOWN_DEPTH
+    "multiply", "cell", "pack", "add",  # the tiles
+    "chunk", "most",  # steps in a chunk, and its rows
+    "units_apart",  # 1: the units are shared out; 0: the rows
+    "groups", "ranks", "shares", "counters",
+    "ramp_z", "ramp_i", "ramp_p", "ramp_h",  # tables of k * 4H, j * I, j * P, j * H
+    "d_h", "d_c",  # (N, P), (N, H): what is passed on to the step before
+    "d_z", "m", "d_m", "d_h_out",  # (most, 4H), (most, H), (N, H), (most, P)
+    "left_z", "left_h", "panel_x", "panel_h", "panel_m",  # panels of the chunk
+    "x_from", "h_from", "z_from", "d_x_to",  # tables (most,): addresses, and offsets
+    "scratch", "scratch_rank",  # for each rank: a STATE and tables (N,)
+)  # fmt: skip
+
+STATE = record(
+    "rank", "shares", "phase", "impatient", "kind",
+    "done", "steps", "j", "base",  # steps of earlier chunks, steps of this one, the step, rows of the chunk before it
+    "rows",  # of the chunk
+)  # fmt: skip
+LOAD, STEPS, UNITS, OUTPUTS, PACK, GRADIENTS, SAVE = range(7)  # what a phase does
+TABLES = 5  # of N int64, of each thread
+TABLES_AT = -(-STATE.itemsize // 64) * 64
+Z_ROWS, H_ROWS, D_OUT_ROWS, C_ROWS, DH_ROWS = range(TABLES)
+
+
+def backward_kernel(dtype: np.dtype):
+    """Describe the backward kernel of one dtype: a function of the plan, the thread's rank, and unused objects."""
+    size = dtype.itemsize
+    lanes = target().lanes(dtype)
+    widest = most_vectors()
+    plan_type, state_type, i = from_dtype(PLAN), from_dtype(STATE), types.int64
+    state_at = record_at(state_type)
+    found = pieces()
+    most = np.array([[most_rows(v, bool(down)) if v else 0 for v in range(widest + 1)] for down in range(2)])
+    piece_of = np.full((2, widest + 1, int(most.max()) + 1), -1)
+    lockstep = np.full(widest + 1, -1)
+    for index, piece in enumerate(found):
+        if piece.lockstep:
+            lockstep[piece.vectors] = index
+        else:
+            piece_of[int(piece.down), piece.vectors, piece.rows] = index
+
+    @part(i, i)
+    def count_blocks(columns):
+        """Return how many blocks of columns a product has."""
+        vectors = (columns + lanes - 1) // lanes
+        return (vectors + widest - 1) // widest
+
+    @part(types.UniTuple(i, 2), i, i)
+    def cut_block(columns, block):
+        """Return the first vector of a block of columns, and how many it has."""
+        vectors, blocks = (columns + lanes - 1) // lanes, count_blocks(columns)
+        first = vectors * block // blocks
+        return first, vectors * (block + 1) // blocks - first
+
+    @part(types.void, *[i] * 12)
+    def along(tile, a, a_rows, rows, depth, parts, panel, columns, block, out, out_rows, add):
+        """out[row, block] (+)= a[row] W for one block of columns; panel: all blocks one after the other."""
+        first, vectors = cut_block(columns, block)
+        at, line = first * lanes, vectors * lanes
+        row = 0
+        while row < rows:
+            left = rows - row
+            here = min(left, most[0, vectors])
+            if here < left < 2 * here:
+                here = (left + 1) >> 1
+            index = piece_of[0, vectors, here]
+            if here == 1 and parts == GATES:
+                index = lockstep[vectors]
+            count = left // here
+            call_tile(tile, (
+                index, count, a, a_rows + row * 8, 0, depth, parts, panel + at * parts * depth * size, line,
+                out + at * size, out_rows + row * 8, columns - at, add,
+            ))  # fmt: skip
+            row += here * count
+
+    @part(types.void, *[i] * 13)
+    def down(tile, a, a_panel_rows, first_j, last_j, depth, panel, panel_rows, columns, block, out, out_rows, add):
+        """out[j, block] (+)= sum over k of a[k, j] * panel[k] for j from first to last; both are panels of rows k.
+
+        `a` and `panel` point at the first k of theirs, which hold `a_panel_rows` and `panel_rows` rows in each block.
+        """
+        first, vectors = cut_block(columns, block)
+        at, line = first * lanes, vectors * lanes
+        j = first_j
+        while j < last_j:
+            within = j % LEFT
+            left = min(last_j - j, LEFT - within)
+            here = min(left, most[1, vectors])
+            count = left // here
+            call_tile(tile, (
+                piece_of[1, vectors, here], count, a + ((j - within) * a_panel_rows + within) * size, 0, LEFT, depth, 1,
+                panel + at * panel_rows * size, line, out + at * size, out_rows + j * 8, columns - at, add,
+            ))  # fmt: skip
+            j += here * count
+
+    @part(types.void, plan_type, i, i, i, i, i, i)
+    def pack_right(p, table, columns, first_k, last_k, out, rows):
+        """Make a panel of rows at a table of addresses, for blocks of columns."""
+        for block in range(count_blocks(columns)):
+            first, vectors = cut_block(columns, block)
+            at, line = first * lanes, vectors * lanes
+            to = out + (at * rows + first_k * line) * size
+            call_tile(p.pack, (vectors - 1, last_k - first_k, table + first_k * 8, at, columns - at, to, line))
+
+    @part(types.void, plan_type, i, i, i, i, i, i)
+    def pack_left(p, table, columns, first_k, last_k, out, rows):
+        """Make a panel of rows at a table of addresses, to be read down its columns."""
+        for begin in range(0, columns, LEFT):
+            at = begin
+            while at < min(begin + LEFT, columns):
+                vectors = min(widest, (begin + LEFT - at) // lanes)
+                to = out + (begin * rows + first_k * LEFT + at - begin) * size
+                call_tile(p.pack, (vectors - 1, last_k - first_k, table + first_k * 8, at, columns - at, to, LEFT))
+                at += vectors * lanes
+
+    @part(i, plan_type, i)
+    def position(p, row):
+        """Return where in the batch a row stands."""
+        return integer_at(p.order + row * 8) if p.order else row
+
+    @part(i, plan_type, i)
+    def length(p, row):
+        return integer_at(p.lengths + row * 8) if p.lengths else p.T
+
+    @part(i, plan_type, i)
+    def count_all(p, t):
+        """Return how many rows of the batch reach step t."""
+        return integer_at(p.active + t * 8) if p.active else p.N
+
+    @part(i, plan_type, i, i, i)
+    def count_active(p, row0, rows, t):
+        """Return how many rows of a group reach step t: those before the first that is too short."""
+        if not p.lengths:
+            return rows
+        low, high = row0, row0 + rows
+        while low < high:
+            middle = (low + high) >> 1
+            if length(p, middle) > t:
+                low = middle + 1
+            else:
+                high = middle
+        return low - row0
+
+    @part(i, plan_type, state_type, i)
+    def time(p, q, j):
+        """Return the time of step j of the chunk."""
+        return q.done + j if p.reverse else p.T - 1 - q.done - j
+
+    @part(types.boolean, plan_type, i, i)
+    def is_cut(p, t, row):
+        """Return whether no state entered step t in this row."""
+        at = t + 1 if p.reverse else t
+        if not p.reset or at >= length(p, row):
+            return False
+        return byte_at(p.reset + at * p.reset_step + position(p, row) * p.reset_row) != 0
+
+    @part(i, state_type, plan_type, i)
+    def table(q, p, which):
+        return p.scratch + q.rank * p.scratch_rank + TABLES_AT + which * p.N * 8
+
+    @part(types.void, plan_type, state_type, i, i)
+    def fill_tables(p, q, row0, rows):
+        """Write where the rows of one step are read and written."""
+        t = time(p, q, q.j)
+        before = t + 1 if p.reverse else t - 1
+        for r in range(rows):
+            row = row0 + r
+            n = position(p, row)
+            place = integer_at(p.places + row * 8) if p.places else row
+            k = q.base + place
+            cut = is_cut(p, t, row)
+            h, c = p.zeros, p.zeros
+            if not cut and 0 <= before < length(p, row):
+                h = p.out + (before * p.out_step + n * p.out_row) * size
+                c = p.saved + ((before * p.N + row) * KEPT + KEPT - 1) * p.H * size
+            elif not cut:
+                h = p.h_0 + n * p.P * size if p.h_0 else p.zeros
+                c = p.c_0 + n * p.H * size if p.c_0 else p.zeros
+            set_integer(table(q, p, Z_ROWS) + r * 8, k * GATES * p.H)
+            set_integer(table(q, p, H_ROWS) + r * 8, r * p.P)
+            set_integer(table(q, p, D_OUT_ROWS) + r * 8, t * p.d_out_step + n * p.d_out_row if p.d_out else 0)
+            set_integer(table(q, p, C_ROWS) + r * 8, c)
+            set_integer(table(q, p, DH_ROWS) + r * 8, k * p.P if p.projected else 0)
+            set_integer(p.x_from + k * 8, p.x + (t * p.x_step + n * p.x_row) * size)
+            set_integer(p.h_from + k * 8, h)
+            set_integer(p.d_x_to + k * 8, t * p.d_x_step + n * p.d_x_row)
+
+    @part(types.void, plan_type, state_type, i, i, i, i)
+    def pass_on(p, q, row0, rows, first, last):
+        """d_h = d_z W_hh for blocks of outputs, to the step before; what was cut gets nothing."""
+        t = time(p, q, q.j)
+        d_h = p.d_h + row0 * p.P * size
+        for block in range(first, last):
+            along(
+                p.multiply, p.d_z, table(q, p, Z_ROWS), rows, p.H, GATES, p.w_hh, p.P, block,
+                d_h, table(q, p, H_ROWS), 0,
+            )  # fmt: skip
+        if p.reset:
+            begin = cut_block(p.P, first)[0] * lanes
+            end = min(p.P, (cut_block(p.P, last - 1)[0] + cut_block(p.P, last - 1)[1]) * lanes)
+            for r in range(rows):
+                if is_cut(p, t, row0 + r):
+                    clear(d_h + (r * p.P + begin) * size, (end - begin) * size)
+
+    @part(types.void, plan_type, state_type, i, i, i, i)
+    def add_output(p, q, row0, rows, first, last):
+        """d_h_out = d_h + d_out for blocks of outputs, where there is a projection."""
+        begin = cut_block(p.P, first)[0] * lanes
+        end = min(p.P, (cut_block(p.P, last - 1)[0] + cut_block(p.P, last - 1)[1]) * lanes)
+        call_tile(p.add, (
+            0, rows, end - begin, p.d_h + (row0 * p.P + begin) * size, p.P,
+            (p.d_out if p.d_out else p.zeros) + begin * size, table(q, p, D_OUT_ROWS),
+            p.d_h_out + begin * size, table(q, p, DH_ROWS),
+        ))  # fmt: skip
+
+    @part(types.void, plan_type, state_type, i, i, i, i)
+    def differentiate(p, q, row0, rows, first, last):
+        """d_z of one step for blocks of units; the cell's own gradient goes to the step before."""
+        t = time(p, q, q.j)
+        begin = cut_block(p.H, first)[0] * lanes
+        end = min(p.H, (cut_block(p.H, last - 1)[0] + cut_block(p.H, last - 1)[1]) * lanes)
+        d_h, d_h_stride = p.d_h + row0 * p.P * size, p.P
+        d_out, d_out_rows = p.d_out if p.d_out else p.zeros, table(q, p, D_OUT_ROWS)
+        if p.projected:  # d_m = d_h_out W_hr, into the buffer of m, which the cell replaces
+            for r in range(rows):
+                set_integer(table(q, p, D_OUT_ROWS) + r * 8, 0)
+                set_integer(table(q, p, H_ROWS) + r * 8, (row0 + r) * p.H)
+            d_h, d_h_stride, d_out = p.d_m + row0 * p.H * size, p.H, p.zeros
+            for block in range(first, last):
+                along(
+                    p.multiply, p.d_h_out, table(q, p, DH_ROWS), rows, p.P, 1, p.w_hr, p.H, block,
+                    p.d_m, table(q, p, H_ROWS), 0,
+                )  # fmt: skip
+        d_c = p.d_c + row0 * p.H * size
+        if not p.projected:
+            d_out += begin * size
+        for r in range(rows):
+            set_integer(table(q, p, C_ROWS) + r * 8, integer_at(table(q, p, C_ROWS) + r * 8) + begin * size)
+        call_tile(p.cell, (
+            0, rows, end - begin, p.H, d_h + begin * size, d_h_stride, d_out, d_out_rows,
+            p.saved + ((t * p.N + row0) * KEPT * p.H + begin) * size, KEPT * p.H, table(q, p, C_ROWS),
+            d_c + begin * size, p.H, p.d_z + begin * size, table(q, p, Z_ROWS), p.m + begin * size, p.projected,
+        ))  # fmt: skip
+        if p.reset:
+            for r in range(rows):
+                if is_cut(p, t, row0 + r):
+                    clear(d_c + (r * p.H + begin) * size, (end - begin) * size)
+
+    @part(types.void, plan_type, state_type, i, i, i)
+    def all_steps(p, q, row0, rows, unused):
+        """Take a group of rows through all steps of the chunk."""
+        base = 0
+        for j in range(q.steps):
+            q.j, q.base = j, base
+            t = time(p, q, j)
+            here = count_active(p, row0, rows, t)
+            if here > 0:
+                fill_tables(p, q, row0, here)
+                if p.projected:
+                    add_output(p, q, row0, here, 0, count_blocks(p.P))
+                differentiate(p, q, row0, here, 0, count_blocks(p.H))
+                if p.projected:
+                    for r in range(here):
+                        set_integer(table(q, p, H_ROWS) + r * 8, r * p.P)
+                pass_on(p, q, row0, here, 0, count_blocks(p.P))
+            base += count_all(p, t)
+
+    @part(i, plan_type, state_type)
+    def z_at(p, q):
+        """Return where the chunk's d_z is."""
+        return p.d_z + (q.done * p.J * size if p.linear else 0)
+
+    @part(types.void, plan_type, state_type, i)
+    def weight_gradients(p, q, share):
+        """d_W += d_z^T [x h] and the bias, for a range of rows of the weights."""
+        blocks = (p.J + LEFT - 1) // LEFT
+        first, last = blocks * share // q.shares * LEFT, min(p.J, blocks * (share + 1) // q.shares * LEFT)
+        add = int(p.add_w != 0 or q.done > 0)
+        k = 0
+        while True:
+            depth = min(DOWN_DEPTH, q.rows - k)
+            left = p.left_z + k * LEFT * size
+            for which in range(2):
+                columns, panel = (p.P, p.panel_h) if which else (p.I, p.panel_x)
+                out, ramp = (p.d_w_hh, p.ramp_p) if which else (p.d_w_ih, p.ramp_i)
+                for block in range(count_blocks(columns)):
+                    line = cut_block(columns, block)[1] * lanes
+                    down(
+                        p.multiply, left, p.most, first, last, depth, panel + k * line * size, p.most,
+                        columns, block, out, ramp, add,
+                    )  # fmt: skip
+            if p.d_bias:
+                for begin in range(first, last, LEFT):
+                    at = 0
+                    while at < min(LEFT, last - begin):
+                        vectors = min(widest, (LEFT - at) // lanes)
+                        call_tile(p.multiply, (
+                            piece_of[0, vectors, 1], 1, p.ones, p.ramp_z, 0, depth, 1,
+                            left + (begin * p.most + at) * size, LEFT, p.d_bias + (begin + at) * size, p.ramp_z,
+                            last - begin - at, add,
+                        ))  # fmt: skip
+                        at += vectors * lanes
+            if p.projected:
+                blocks_p = (p.P + LEFT - 1) // LEFT
+                first_p, last_p = (
+                    blocks_p * share // q.shares * LEFT,
+                    min(p.P, blocks_p * (share + 1) // q.shares * LEFT),
+                )
+                for block in range(count_blocks(p.H)):
+                    line = cut_block(p.H, block)[1] * lanes
+                    down(
+                        p.multiply, p.left_h + k * LEFT * size, p.most, first_p, last_p, depth,
+                        p.panel_m + k * line * size, p.most, p.H, block, p.d_w_hr, p.ramp_h, add,
+                    )  # fmt: skip
+            add = 1
+            k += DOWN_DEPTH
+            if k >= q.rows:
+                break
+
+    @part(types.void, plan_type, state_type, i)
+    def run_share(p, q, share):
+        """Do one share of a phase."""
+        if q.kind == LOAD or q.kind == SAVE:
+            for row in range(p.N * share // q.shares, p.N * (share + 1) // q.shares):
+                n = position(p, row)
+                d_h, d_c = p.d_h + row * p.P * size, p.d_c + row * p.H * size
+                if q.kind == SAVE:
+                    copy(p.d_h_0 + n * p.P * size, d_h, p.P * size)
+                    copy(p.d_c_0 + n * p.H * size, d_c, p.H * size)
+                    if p.d_x and not p.add_x and p.lengths:
+                        for t in range(length(p, row), p.T):
+                            clear(p.d_x + (t * p.d_x_step + n * p.d_x_row) * size, p.I * size)
+                    continue
+                copy(d_h, p.d_h_n + n * p.P * size if p.d_h_n else p.zeros, p.P * size)
+                copy(d_c, p.d_c_n + n * p.H * size if p.d_c_n else p.zeros, p.H * size)
+        elif q.kind == STEPS:
+            for group in range(p.groups * share // q.shares, p.groups * (share + 1) // q.shares):
+                row0 = p.N * group // p.groups
+                all_steps(p, q, row0, p.N * (group + 1) // p.groups - row0, 0)
+        elif q.kind == OUTPUTS or q.kind == UNITS:
+            # d_h of the step after, and with it what a step begins with; then, apart where there is a projection, d_z
+            rows = count_active(p, 0, p.N, time(p, q, q.j))
+            blocks = count_blocks(p.P)
+            first, last = blocks * share // q.shares, blocks * (share + 1) // q.shares
+            begins = q.kind == OUTPUTS or not p.projected
+            if begins and q.j > 0 and first < last:
+                q.j -= 1
+                after = count_active(p, 0, p.N, time(p, q, q.j))
+                q.base -= count_all(p, time(p, q, q.j))
+                fill_tables(p, q, 0, after)
+                pass_on(p, q, 0, after, first, last)
+                q.base += count_all(p, time(p, q, q.j))
+                q.j += 1
+            fill_tables(p, q, 0, rows)
+            if q.kind == OUTPUTS and first < last:
+                add_output(p, q, 0, rows, first, last)
+            if q.kind == UNITS:
+                blocks = count_blocks(p.H)
+                first, last = blocks * share // q.shares, blocks * (share + 1) // q.shares
+                if first < last:
+                    differentiate(p, q, 0, rows, first, last)
+        elif q.kind == PACK:
+            first, last = q.rows * share // q.shares, q.rows * (share + 1) // q.shares
+            for k in range(first, last):
+                set_integer(p.z_from + k * 8, z_at(p, q) + k * p.J * size)
+                if p.linear:
+                    set_integer(p.x_from + k * 8, p.x + (q.done + k) * p.x_step * size)
+                    set_integer(p.d_x_to + k * 8, (q.done + k) * p.d_x_step)
+            pack_right(p, p.x_from, p.I, first, last, p.panel_x, p.most)
+            pack_right(p, p.h_from, p.P, first, last, p.panel_h, p.most)
+            pack_left(p, p.z_from, p.J, first, last, p.left_z, p.most)
+            if p.projected:
+                for k in range(first, last):
+                    set_integer(p.z_from + k * 8, p.d_h_out + k * p.P * size)
+                pack_left(p, p.z_from, p.P, first, last, p.left_h, p.most)
+                for k in range(first, last):
+                    set_integer(p.z_from + k * 8, p.m + k * p.H * size)
+                pack_right(p, p.z_from, p.H, first, last, p.panel_m, p.most)
+        else:
+            blocks = count_blocks(p.P)
+            first, last = blocks * share // q.shares, blocks * (share + 1) // q.shares
+            rows = count_active(p, 0, p.N, time(p, q, q.j)) if p.units_apart else 0
+            if first < last and rows > 0:
+                fill_tables(p, q, 0, rows)
+                pass_on(p, q, 0, rows, first, last)
+            weight_gradients(p, q, share)
+            if p.d_x:
+                first, last = q.rows * share // q.shares, q.rows * (share + 1) // q.shares
+                for block in range(count_blocks(p.I)):
+                    along(
+                        p.multiply, z_at(p, q), p.ramp_z + first * 8, last - first, p.J // p.parts, p.parts, p.w_ih,
+                        p.I, block,
+                        p.d_x, p.d_x_to + first * 8, p.add_x,
+                    )  # fmt: skip
+
+    run_phase = phase_part(plan_type, state_type, run_share)
+
+    def backward(plan, rank, x, out, h_n, c_n):
+        p = carray(plan, 1)[0]
+        q = carray(state_at(p.scratch + rank * p.scratch_rank), 1)[0]
+        q.rank, q.shares, q.phase, q.impatient = rank, p.shares, 0, 0
+        q.kind, q.done, q.j = LOAD, 0, 0
+        if not p.linear:
+            run_phase(p, q)
+        while q.done < p.T:
+            head = p.T % p.chunk  # chunks are counted in the forward's order: its last, the first here, may be short
+            q.steps = head if q.done == 0 and head > 0 else p.chunk
+            q.rows = 0
+            for j in range(q.steps):
+                q.rows += count_all(p, time(p, q, j))
+            if p.linear:
+                q.rows = q.steps
+            elif p.units_apart:
+                q.base = 0
+                for j in range(q.steps):
+                    q.j = j
+                    if p.projected:
+                        q.kind = OUTPUTS
+                        run_phase(p, q)
+                    q.kind = UNITS
+                    run_phase(p, q)
+                    if j < q.steps - 1:
+                        q.base += count_all(p, time(p, q, j))
+            else:
+                q.kind = STEPS
+                run_phase(p, q)
+            q.kind = PACK
+            run_phase(p, q)
+            q.kind = GRADIENTS
+            run_phase(p, q)
+            q.done += q.steps
+        q.kind = SAVE
+        if not p.linear:
+            run_phase(p, q)
+
+    return backward, types.void(types.CPointer(plan_type), *[i] * (1 + OBJECTS))

@@ -1,0 +1,309 @@
+"""The register tiles of the backward pass: products, the cell's gradient, and panels made of rows.
+
+With d_h and d_c the gradients of h' and c', and t = tanh(c') (`reference.py` has the equations of the forward):
+
+    d_c   += d_h * o * (1 - t^2)
+    d_z_i  = d_c * g * i (1 - i)        d_z_f = d_c * c * f (1 - f)
+    d_z_g  = d_c * i * (1 - g^2)        d_z_o = d_h * t * o (1 - o)
+    d_c    = d_c * f                    passed on to the step before
+
+The products are d_h = d_z W_hh, d_x = d_z W_ih, where a row of d_z is read along k, and d_W = d_z^T [x h], where d_z is
+read down its columns and k counts the rows of a chunk.  Every sum is the same segments and parts added in the same
+order, whatever the tile, so no result depends on how the work was cut.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from fastlstm.kernels.activations import tanh
+from fastlstm.kernels.simd import I64, Builder, Pointer, Vec, fma, kernel, target
+from fastlstm.kernels.tile import GATES
+
+__all__ = [
+    "LEFT",
+    "Piece",
+    "add_kernel",
+    "cell_kernel",
+    "most_rows",
+    "most_vectors",
+    "multiply_kernel",
+    "pack_kernel",
+    "pieces",
+]
+
+LEFT = 48  # numbers in a line of a panel that is read down its columns: a multiple of every tile's rows
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tile of a product: rows of `vectors` registers each."""
+
+    rows: int
+    vectors: int
+    down: bool = False  # `a` is read down its columns
+    lockstep: bool = False  # the parts of a single row's sum side by side: one alone waits for its own latency
+
+
+def most_vectors() -> int:
+    """Return how many registers wide a tile is at most."""
+    return 4 if target().registers == 32 else 2
+
+
+def most_rows(vectors: int, down: bool) -> int:
+    """Return how many rows a tile of that width has at most; reading along, each takes an address register."""
+    if target().registers == 32:
+        return {4: 6, 3: 8, 2: 12 if down else 8, 1: 24 if down else 8}[vectors]
+    return {2: 6, 1: 12 if down else 8}[vectors]
+
+
+@functools.cache
+def pieces() -> tuple[Piece, ...]:
+    """Return every tile that is compiled."""
+    found = []
+    for vectors in range(1, most_vectors() + 1):
+        found.append(Piece(1, vectors, lockstep=True))
+        for down in (False, True):
+            found += [Piece(rows, vectors, down) for rows in range(1, most_rows(vectors, down) + 1)]
+    return tuple(found)
+
+
+def _chain(
+    b: Builder, count: ir.Value, rows: Sequence[Pointer], a_step: ir.Value | None, panels: Sequence[Pointer],
+    line: ir.Value, vectors: int,
+) -> list[Vec]:  # fmt: skip
+    """Return sums over k of rows[r][k] * panels[r][k][vector]; one panel for all rows, or one for each."""
+    zeros = b.splat(ir.Constant(b.scalar, 0.0), b.lanes)
+    pairs = [(r, v) for r in range(len(rows)) for v in range(vectors)]
+    if len(rows) < GATES:  # rows are held and each weight is used as it comes: fewer registers
+        pairs.sort(key=lambda pair: pair[1])
+
+    def step(k: ir.Value, before: list[Vec]) -> list[Vec]:
+        lines = [panel + b.ir.mul(k, line) for panel in panels]
+        weights = [[(at + v * b.lanes).load(b.lanes) for v in range(vectors)] for at in lines]
+        offset = k if a_step is None else b.ir.mul(k, a_step)
+        a = [(row + offset).broadcast(b.lanes) for row in rows]
+        after = list(before)
+        for r, v in pairs:
+            weight = weights[r if len(panels) > 1 else 0][v]
+            after[r * vectors + v] = fma(a[r], weight, before[r * vectors + v])
+        return after
+
+    return b.loop(count, step, [zeros] * (len(rows) * vectors))
+
+
+def _multiply(
+    b: Builder, rows: Sequence[Pointer], a_step: ir.Value | None, depth: ir.Value, panels: Sequence[Pointer],
+    line: ir.Value, vectors: int,
+) -> list[Vec]:  # fmt: skip
+    """Return the sums of `_chain` in segments of 64 or 128, each added when it is complete."""
+    length = b.ir.select(b.ir.icmp_signed("<=", depth, I64(256)), I64(64), I64(128))
+
+    def segment(i: ir.Value, totals: list[Vec]) -> list[Vec]:
+        first = b.ir.mul(i, length)
+        rest = b.ir.sub(depth, first)
+        count = b.ir.select(b.ir.icmp_signed("<", rest, length), rest, length)
+        offset = first if a_step is None else b.ir.mul(first, a_step)
+        at = [panel + b.ir.mul(first, line) for panel in panels]
+        parts = _chain(b, count, [row + offset for row in rows], a_step, at, line, vectors)
+        return [total + part for total, part in zip(totals, parts, strict=True)]
+
+    zeros = b.splat(ir.Constant(b.scalar, 0.0), b.lanes)
+    count = b.ir.sdiv(b.ir.sub(b.ir.add(depth, length), I64(1)), length)
+    return b.loop(count, segment, [zeros] * (len(rows) * vectors))
+
+
+def _emit_multiply(
+    b: Builder, piece: Piece, tiles, a, a_rows, a_step, depth, parts, panel, line, out, out_rows, valid, add
+) -> None:
+    """Emit out[row] (+)= sum over k of a[row][k] * panel[k] for `tiles` tiles, one below the other.
+
+    a : rows at `a_rows`, parts * depth numbers each; or, read down, (depth, rows) with lines `a_step` apart.
+    panel : (parts * depth, vectors), lines `line` apart.  out : rows at `out_rows`, the first `valid` numbers of each.
+    add : 1 adds to what is there, 0 does not read it.  Each part is a sum of its own.
+    """
+    vectors = piece.vectors
+
+    def tile(i: ir.Value, _: list[Vec]) -> list[Vec]:
+        row0 = b.ir.mul(i, I64(piece.rows))
+        base = b.pointer(panel)
+        if piece.down:
+            first = b.pointer(a) + row0
+            sums = _multiply(b, [first + r for r in range(piece.rows)], a_step, depth, [base], line, vectors)
+        elif piece.lockstep:
+            (row,) = _table(b, b.pointer(a), a_rows, row0, 1)
+            starts = [b.ir.mul(depth, I64(part)) for part in range(GATES)]
+            chains = _multiply(
+                b, [row + start for start in starts], None, depth,
+                [base + b.ir.mul(start, line) for start in starts], line, vectors,
+            )  # fmt: skip
+            sums = [vec.zeros() for vec in chains[:vectors]]
+            for part in range(GATES):
+                sums = [total + chains[part * vectors + v] for v, total in enumerate(sums)]
+        else:
+            rows = _table(b, b.pointer(a), a_rows, row0, piece.rows)
+
+            def one_part(part: ir.Value, totals: list[Vec]) -> list[Vec]:
+                start = b.ir.mul(part, depth)
+                at = [base + b.ir.mul(start, line)]
+                chains = _multiply(b, [row + start for row in rows], None, depth, at, line, vectors)
+                return [total + chain for total, chain in zip(totals, chains, strict=True)]
+
+            zeros = b.splat(ir.Constant(b.scalar, 0.0), b.lanes)
+            sums = b.loop(parts, one_part, [zeros] * (piece.rows * vectors))
+        there = b.ir.select(b.ir.icmp_signed("!=", add, I64(0)), valid, I64(0))
+        for r, to in enumerate(_table(b, b.pointer(out), out_rows, row0, piece.rows)):
+            for v in range(vectors):
+                at = to + v * b.lanes
+                old = at.load_first(b.lanes, b.ir.sub(there, I64(v * b.lanes)))
+                at.store_first(sums[r * vectors + v] + old, b.ir.sub(valid, I64(v * b.lanes)))
+        return []
+
+    b.loop(tiles, tile)
+
+
+def _table(b: Builder, base: Pointer, table: ir.Value, first: ir.Value, count: int) -> list[Pointer]:
+    """Return a pointer for each row from `first` on, by a table of int64 offsets in numbers."""
+    offsets = b.ir.gep(b.ir.inttoptr(table, I64.as_pointer()), [first])
+    return [base + b.ir.load(b.ir.gep(offsets, [I64(r)])) for r in range(count)]
+
+
+def _addressed(b: Builder, table: ir.Value, row: ir.Value) -> Pointer:
+    """Return the pointer that stands in a table of addresses."""
+    return b.pointer(b.ir.load(b.ir.gep(b.ir.inttoptr(table, I64.as_pointer()), [row])))
+
+
+def _emit_cell(
+    b: Builder, _: object, rows, units, H, d_h, d_h_stride, d_out, d_out_rows, saved, saved_stride, c, d_c, d_c_stride,
+    d_z, d_z_rows, m, m_stride,
+) -> None:  # fmt: skip
+    """Emit the gradient of the cell for `units` units of each row.
+
+    d_h : (rows, units), `d_h_stride` apart.  d_out : rows at `d_out_rows`, added to it.
+    saved : (rows, 5, H), i, f, g, o, c', `saved_stride` apart.  c : a table of the rows' addresses.
+    d_c : in/out (rows, units), `d_c_stride` apart.  d_z : out (4, H), rows at `d_z_rows`.
+    m : out (rows, units), o * tanh(c'), rows at `d_z_rows` * m_stride / 4H; none where `m_stride` is 0.
+    """
+
+    def one_row(row: ir.Value, _: list[Vec]) -> list[Vec]:
+        carried = b.pointer(d_h) + b.ir.mul(row, d_h_stride)
+        kept = b.pointer(saved) + b.ir.mul(row, saved_stride)
+        d_c_at = b.pointer(d_c) + b.ir.mul(row, d_c_stride)
+        (given,) = _table(b, b.pointer(d_out), d_out_rows, row, 1)
+        (z_at,) = _table(b, b.pointer(d_z), d_z_rows, row, 1)
+        z_offset = b.ir.load(b.ir.gep(b.ir.inttoptr(d_z_rows, I64.as_pointer()), [row]))
+        m_at = b.pointer(m) + b.ir.sdiv(z_offset, I64(GATES))
+        c_at = _addressed(b, c, row)
+
+        def some_units(n: ir.Value, _: list[Vec]) -> list[Vec]:
+            unit = b.ir.mul(n, I64(b.lanes))
+            valid = b.ir.sub(units, unit)
+
+            def load(pointer: Pointer) -> Vec:
+                return (pointer + unit).load_first(b.lanes, valid)
+
+            i, f, g, o, c_new = (load(kept + b.ir.mul(H, I64(which))) for which in range(5))
+            d_m = load(carried) + load(given)
+            t = tanh(c_new).value()
+            d_cell = fma(d_m * o, 1.0 - t * t, load(d_c_at))
+            d_gates = [
+                d_cell * g * (i * (1.0 - i)),
+                d_cell * load(c_at) * (f * (1.0 - f)),
+                d_cell * i * (1.0 - g * g),
+                d_m * t * (o * (1.0 - o)),
+            ]
+            for which, d_gate in enumerate(d_gates):
+                (z_at + b.ir.add(unit, b.ir.mul(H, I64(which)))).store_first(d_gate, valid)
+            (d_c_at + unit).store_first(d_cell * f, valid)
+            wanted = b.ir.select(b.ir.icmp_signed("!=", m_stride, I64(0)), valid, I64(0))
+            (m_at + unit).store_first(o * t, wanted)
+            return []
+
+        count = b.ir.sdiv(b.ir.add(units, I64(b.lanes - 1)), I64(b.lanes))
+        b.loop(count, some_units)
+        return []
+
+    b.loop(rows, one_row)
+
+
+def _emit_pack(b: Builder, vectors: int, rows, source, offset, valid, out, line) -> None:
+    """Emit out[row] = source[row] from `offset` on, the first `valid` numbers and zeros behind them.
+
+    source : a table of addresses.  out : (rows, vectors), `line` apart.
+    """
+
+    def one_row(row: ir.Value, _: list[Vec]) -> list[Vec]:
+        from_, to = _addressed(b, source, row) + offset, b.pointer(out) + b.ir.mul(row, line)
+        for v in range(vectors):
+            at = I64(v * b.lanes)
+            (to + at).store((from_ + at).load_first(b.lanes, b.ir.sub(valid, at)))
+        return []
+
+    b.loop(rows, one_row)
+
+
+def _emit_add(b: Builder, _: object, rows, count, left, left_stride, right, right_rows, out, out_rows) -> None:
+    """Emit out[row] = left[row] + right[row], `count` numbers each; tables of offsets for right and out."""
+
+    def one_row(row: ir.Value, _: list[Vec]) -> list[Vec]:
+        one = b.pointer(left) + b.ir.mul(row, left_stride)
+        (other,) = _table(b, b.pointer(right), right_rows, row, 1)
+        (to,) = _table(b, b.pointer(out), out_rows, row, 1)
+
+        def some(n: ir.Value, _: list[Vec]) -> list[Vec]:
+            at = b.ir.mul(n, I64(b.lanes))
+            valid = b.ir.sub(count, at)
+            total = (one + at).load_first(b.lanes, valid) + (other + at).load_first(b.lanes, valid)
+            (to + at).store_first(total, valid)
+            return []
+
+        b.loop(b.ir.sdiv(b.ir.add(count, I64(b.lanes - 1)), I64(b.lanes)), some)
+        return []
+
+    b.loop(rows, one_row)
+
+
+def multiply_kernel(dtype: np.dtype):
+    """Describe the product's tile: of an int64 table, the piece and what `_emit_multiply` takes."""
+    tile = kernel(dtype, "multiply", 12, _emit_multiply, pieces())
+
+    def multiply(table):
+        tile(table)
+
+    return multiply, types.void(types.int64)
+
+
+def cell_kernel(dtype: np.dtype):
+    """Describe the gradient of the cell: of an int64 table, a 0 and what `_emit_cell` takes."""
+    tile = kernel(dtype, "cell", 16, _emit_cell, [None])
+
+    def cell(table):
+        tile(table)
+
+    return cell, types.void(types.int64)
+
+
+def pack_kernel(dtype: np.dtype):
+    """Describe what makes panels of rows: of an int64 table, the vectors less one and what `_emit_pack` takes."""
+    tile = kernel(dtype, "pack", 6, _emit_pack, range(1, most_vectors() + 1))
+
+    def pack(table):
+        tile(table)
+
+    return pack, types.void(types.int64)
+
+
+def add_kernel(dtype: np.dtype):
+    """Describe the sum of rows: of an int64 table, a 0 and what `_emit_add` takes."""
+    tile = kernel(dtype, "add", 8, _emit_add, [None])
+
+    def add(table):
+        tile(table)
+
+    return add, types.void(types.int64)

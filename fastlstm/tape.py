@@ -1,0 +1,265 @@
+"""What a recorded call leaves behind: its results, and the way back to the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastlstm.checks import as_array
+
+if TYPE_CHECKING:
+    from fastlstm.kernels.training import Direction
+    from fastlstm.lstm import LSTM, Call
+
+__all__ = ["Gradients", "Tape"]
+
+Array = NDArray[Any]
+Pair = tuple[Array | None, Array | None]
+
+
+class Gradients(NamedTuple):
+    """Gradients of a scalar with respect to what a recorded call was given."""
+
+    x: Array
+    """As `x` was laid out: (T, N, I), (N, T, I) or (T, I); zero past the length of a row."""
+    state: Any
+    """Of an LSTM `(d_h_0, d_c_0)`, shaped as the state; of a Linear None; of a Sequential a list of these."""
+    params: dict[str, Array]
+    """A gradient for each weight, named and shaped as in `state_dict`."""
+
+
+class Tape:
+    """A recorded call; made by `record` of an LSTM, a Linear or a Sequential.
+
+    It answers for the weights and the input that the call was made with, whatever becomes of the layer since. The
+    output belongs to the tape and is read-only.
+
+    Attributes
+    ----------
+    output : ndarray
+        As the layer itself returns it; with dropout between layers, where the layer has any.
+    state : (h_n, c_n) of an LSTM, None of a Linear, a list of these of a Sequential
+        As the layer itself returns it.
+    """
+
+    def __init__(self, output: Array, state: Any, backward: Callable[[Any, Any], Gradients]) -> None:
+        output.flags.writeable = False
+        self.output, self.state = output, state
+        self._backward = backward
+
+    def backward(self, d_output: ArrayLike | None, d_state: Any = None) -> Gradients:
+        """Propagate the gradient of a scalar from the results to all that the call was given.
+
+        Parameters
+        ----------
+        d_output : array_like, as `output`
+            Gradient of the scalar with respect to the output. None is zeros. Not read past the length of a row.
+        d_state : optional, as `state`
+            Gradients with respect to `h_n` and `c_n`; the pair, or either of the two, may be None, which is zeros.
+
+        Returns
+        -------
+        Gradients
+            `x`, `state` and `params`, of the layer's dtype.
+
+        Raises
+        ------
+        TypeError
+            If an argument is of the wrong kind or has a dtype that does not cast.
+        ValueError
+            If a shape is wrong.
+
+        Notes
+        -----
+        Backpropagation through time over all steps; `fastlstm.reference` has the equations. It may be called more than
+        once and changes nothing. The gradients have the same bits whatever the number of threads, and whether or not
+        `checkpoint_every` was given.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from fastlstm import LSTM
+        >>> lstm = LSTM(3, 5, rng=0)
+        >>> tape = lstm.record(np.ones((4, 2, 3), np.float32))
+        >>> gradients = tape.backward(np.ones_like(tape.output))
+        >>> gradients.x.shape, gradients.params["weight_hh_l0"].shape
+        ((4, 2, 3), (20, 5))
+        """
+        return self._backward(d_output, d_state)
+
+
+class _Segment(NamedTuple):
+    """Some consecutive steps of one direction, with the state before them (in the direction's own order)."""
+
+    first: int
+    last: int
+    steps: Any  # fastlstm.kernels.training.Steps
+    saved: Array | None  # None: to be computed again
+    cut: Array | None  # (N,) bool, where the state does not cross to these steps from those before
+
+
+class _Recording:
+    """A recorded call of an LSTM.
+
+    Layers are computed one by one over all steps, their two directions one after the other.  What is kept of a unit and
+    step is its output and, but for checkpoints, five numbers more.
+    """
+
+    def __init__(self, lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool) -> None:
+        self.lstm, self.call = lstm, call
+        self.directions: list[list[Direction]] = lstm._training_weights()
+        self.T, self.N, self.every = call.T, call.N, every
+        D, H, P = lstm._directions, lstm.hidden_size, lstm._output_size
+        self.lengths = None
+        if call.order is not None and call.lengths is not None:
+            self.lengths = np.empty_like(call.lengths)
+            self.lengths[call.order] = call.lengths
+        count = lstm.num_layers * D
+        self.h_n, self.c_n = (np.empty((count, self.N, size), lstm.dtype) for size in (P, H))
+        self.layers: list[list[list[_Segment]]] = []  # of each layer, each direction
+        self.masks: list[Array] = []  # of the outputs of all layers but the last
+        self.keep = 1 - lstm.dropout
+        reset = None if call.reset is None else np.array(call.reset)
+        self.empty = self.T == 0 or self.N == 0
+        x = self._time_major(call.x if owned else call.x.copy())
+        for k, layer in enumerate(self.directions):
+            last = k == lstm.num_layers - 1
+            output = np.empty((*call.x.shape[:-1], D * P) if last else (self.T, self.N, D * P), lstm.dtype)
+            y = self._time_major(output) if last else output
+            segments = []
+            for d, direction in enumerate(layer):
+                index = k * D + d
+                h_0, c_0 = (None if s is None else np.array(s[index]) for s in call.state)
+                final = self.h_n[index], self.c_n[index]
+                segments.append(self._forward(direction, x, y[:, :, d * P :][:, :, :P], reset, (h_0, c_0), final))
+            self.layers.append(segments)
+            if not last:
+                x = y
+                if lstm.dropout:
+                    self.masks.append(rng.random(y.shape, np.float32) < self.keep)
+                    x = self._drop(y, k)
+        self.output = output
+
+    def _time_major(self, array: Array) -> Array:
+        """Return a view (T, N, ...) of an array that is laid out as the user's."""
+        view: Array = array if self.call.batched else array[:, None]
+        return view.swapaxes(0, 1) if self.call.batched and self.lstm.batch_first else view
+
+    def _drop(self, y: Array, k: int) -> Array:
+        """Return the outputs of layer k, or their gradient, as dropout leaves them."""
+        dropped: Array = y * (self.masks[k] * y.dtype.type(1 / self.keep if self.keep else 0))
+        return dropped
+
+    def _cuts(self, direction: Direction) -> Iterator[tuple[int, int]]:
+        """Yield the first and last step of each segment, in the direction's own order."""
+        from fastlstm.kernels.training import chunk_steps
+
+        T, length = self.T, self.T
+        if self.every is not None:  # whole chunks, so that the sums are the same as without checkpoints
+            chunk = chunk_steps(direction.I, direction.H, direction.P, self.N, direction.dtype)
+            length = -(-self.every // chunk) * chunk
+        for first in range(0, T, length):
+            last = min(first + length, T)
+            yield (T - last, T - first) if direction.reverse else (first, last)
+
+    def _forward(
+        self, direction: Direction, x: Array, y: Array, reset: Array | None, initial: Pair, final: tuple[Array, Array]
+    ) -> list[_Segment]:
+        """Run one direction of one layer."""
+        from fastlstm.kernels.training import Rows, Steps
+
+        segments: list[_Segment] = []
+        if self.empty:
+            for to, start in zip(final, initial, strict=True):
+                to[...] = 0 if start is None else start
+            return segments
+        order = None if self.lengths is None else np.argsort(-self.lengths, kind="stable")
+        state: Pair = initial
+        cuts = list(self._cuts(direction))
+        for first, last in cuts:
+            lengths = cut = None
+            if self.lengths is not None:
+                lengths = np.clip(self.lengths - first, 0, last - first)
+            if direction.reverse and reset is not None and last < self.T and state[0] is not None:
+                cut = reset[last] if self.lengths is None else reset[last] & (last < self.lengths)
+                state[0][cut], state[1][cut] = 0, 0  # type: ignore[index]
+            how = direction.choose(self.N, last - first, lengths)
+            part = None if reset is None else reset[first:last]
+            groups = how.groups if how.shares == 1 else 1
+            rows = Rows.of(last - first, order, lengths, part, groups)
+            steps = Steps(x[first:last], y[first:last], state[0], state[1], rows, how)
+            saved = None
+            if len(cuts) == 1:
+                saved = np.empty((self.T, self.N, 5, direction.H), direction.dtype)
+            h_n, c_n = final if (first, last) == cuts[-1] else map(np.empty_like, final)
+            direction.forward(steps, h_n, c_n, saved)
+            segments.append(_Segment(first, last, steps, saved, cut))
+            state = h_n, c_n
+        return segments
+
+    def backward(self, d_output: object, d_state: object) -> Gradients:
+        """Return the gradients; arguments as the user gave them."""
+        lstm, call = self.lstm, self.call
+        d_out = None
+        if d_output is not None:
+            d_out = as_array("d_output", d_output, lstm.dtype)
+            if d_out.shape != self.output.shape:
+                symbols = lstm._symbols("D*P", call.batched)
+                raise ValueError(f"`d_output` must have shape {symbols} = {self.output.shape}, got {d_out.shape}")
+            d_out = self._time_major(d_out)
+        d_final: Pair = lstm._check_state(d_state, self.N, call.batched, "d_state", ("d_h_n", "d_c_n"))
+        D, P = lstm._directions, lstm._output_size
+        d_h_0, d_c_0 = np.empty_like(self.h_n), np.empty_like(self.c_n)
+        found: dict[str, Array] = {}
+        for k in reversed(range(lstm.num_layers)):
+            shape = (self.T, self.N, self.directions[k][0].I)
+            d_x = np.empty(shape if k else call.x.shape, lstm.dtype)
+            to = d_x if k else self._time_major(d_x)
+            for d, direction in enumerate(self.directions[k]):
+                index = k * D + d
+                part = None if d_out is None else d_out[:, :, d * P :][:, :, :P]
+                d_w = direction.gradients()
+                d_last: Pair = tuple(None if s is None else s[index] for s in d_final)  # type: ignore[assignment]
+                self._backward(direction, self.layers[k][d], part, d_last, (d_h_0[index], d_c_0[index]), to, d > 0, d_w)
+                if direction.bias:
+                    d_w["bias_hh"] = d_w["bias_ih"].copy()
+                found |= {name + direction.suffix: array for name, array in d_w.items()}
+            d_out = to
+            if k and lstm.dropout:
+                d_out = self._drop(to, k - 1)
+        state = (d_h_0, d_c_0) if call.batched else (d_h_0[:, 0], d_c_0[:, 0])
+        return Gradients(d_x, state, {name: found[name] for name in lstm._shapes()})
+
+    def _backward(
+        self, direction: Direction, segments: list[_Segment], d_out: Array | None, d_state: Pair,
+        d_initial: tuple[Array, Array], d_x: Array, add_x: bool, d_w: dict[str, Array],
+    ) -> None:  # fmt: skip
+        """Take one direction of one layer backward, segment by segment against its own order."""
+        if not segments:
+            for array in (*d_w.values(), d_x):
+                array[...] = 0
+            for to, end in zip(d_initial, d_state, strict=True):
+                to[...] = 0 if end is None else end
+        for segment in reversed(segments):
+            first, last, steps, saved, cut = segment
+            if saved is None:
+                saved = np.empty((last - first, self.N, 5, direction.H), direction.dtype)
+                again = steps._replace(out=np.empty_like(steps.out))
+                direction.forward(again, np.empty_like(d_initial[0]), np.empty_like(d_initial[1]), saved)
+            part = None if d_out is None else d_out[first:last]
+            started = segment is not segments[-1]
+            direction.backward(steps, saved, part, d_state, d_initial, d_x[first:last], add_x, d_w, started)
+            if cut is not None:
+                d_initial[0][cut], d_initial[1][cut] = 0, 0
+            d_state = d_initial[0].copy(), d_initial[1].copy()
+
+
+def record_lstm(lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool) -> Tape:
+    """Record a call of an LSTM; `owned`: nobody else writes to `call.x`."""
+    recording = _Recording(lstm, call, rng, every, owned)
+    h_n, c_n = recording.h_n, recording.c_n
+    state = (h_n, c_n) if call.batched else (h_n[:, 0], c_n[:, 0])
+    return Tape(recording.output, state, recording.backward)
