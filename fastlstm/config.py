@@ -134,6 +134,10 @@ def warmup(dtypes: Iterable[DTypeLike] = ("float32",), training: bool = False) -
         # Large enough for more than one thread; the layers have a projection, so that its kernel runs too.
         lstm = LSTM(64, 128, num_layers=2, proj_size=64, dtype=dtype, rng=0)
         x = np.zeros((16, 192, 64), dtype)
+        linear = Linear(64, 64, dtype=dtype, rng=0)
         lstm(x)
-        Linear(64, 64, dtype=dtype, rng=0)(x)
+        linear(x)
         lstm.stream()(x[0, :1])
+        if training:
+            for tape in lstm.record(x[:2]), linear.record(x):
+                tape.backward(tape.output)

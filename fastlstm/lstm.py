@@ -378,10 +378,12 @@ class LSTM(Layer, SequenceModel):
         every = None if checkpoint_every is None else as_size("checkpoint_every", checkpoint_every, most=1 << 62)
         return record_lstm(self, call, as_generator(rng) if self.dropout else None, every, owned)
 
-    def _pack_for_training(self, params: Mapping[str, Array]) -> list[list[Direction]]:
+    def _pack_for_training(self, params: Mapping[str, Array], before: Any) -> list[list[Direction]]:
         """Return the weights by layer and direction."""
         from fastlstm.kernels.training import Direction
 
+        if before is not None:
+            return [[direction.repacked(params) for direction in layer] for layer in before]
         suffixes = ("", "_reverse")[: self._directions]
         return [
             [Direction(params, f"_l{k}{suffix}", suffix == "_reverse") for suffix in suffixes]

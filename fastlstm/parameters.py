@@ -40,8 +40,8 @@ class Layer(ABC):
         """Return the weights packed for the kernels."""
 
     @abstractmethod
-    def _pack_for_training(self, params: Mapping[str, Array]) -> Any:
-        """Return the weights packed for the kernels of the forward that is recorded, and of the backward."""
+    def _pack_for_training(self, params: Mapping[str, Array], before: Any) -> Any:
+        """Return the weights packed for recording and backward; `before`: others that were, or None."""
 
     @property
     @abstractmethod
@@ -127,7 +127,7 @@ class Layer(ABC):
         """Return the weights packed for training, packed again if they have changed."""
         params, packed = self._params, self._packed_for_training
         if packed is None or packed[0] is not params:
-            packed = params, self._pack_for_training(params)
+            packed = params, self._pack_for_training(params, packed and packed[1])
             self.__dict__["_packed_for_training"] = packed
         return packed[1]
 

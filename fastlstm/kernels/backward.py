@@ -16,8 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, from_dtype, types
 
-from fastlstm.kernels.gradient_tile import LEFT, most_rows, most_vectors, pieces
-from fastlstm.kernels.product import record
+from fastlstm.kernels.gradient_tile import LEFT, most_rows, pieces
+from fastlstm.kernels.panels import cut_block, most_vectors
 from fastlstm.kernels.sequence import KEPT
 from fastlstm.kernels.simd import target
 from fastlstm.kernels.team import (
@@ -29,6 +29,7 @@ from fastlstm.kernels.team import (
     integer_at,
     part,
     phase_part,
+    record,
     record_at,
     set_integer,
 )
@@ -36,7 +37,7 @@ from fastlstm.kernels.tile import GATES
 
 __all__ = ["DOWN_DEPTH", "PLAN", "STATE", "TABLES", "backward_kernel"]
 
-DOWN_DEPTH = 128  # rows of a chunk in one sum: 128 lines of a panel are 32 KB and stay in L1
+DOWN_DEPTH = 256  # rows of a chunk in one sum: 128 gives 90% of peak, 256 94%
 
 # What one call is about, written by `training.py`.  Addresses in bytes, all else in numbers.
 PLAN = record(
@@ -44,6 +45,7 @@ PLAN = record(
     "T", "N", "I", "P", "H", "reverse", "projected",
     "linear",  # 1: no steps at all; d_z is given for T rows, and N is 1
     "J", "parts",  # numbers in a row of d_z, parts of a sum over them: 4H and 4; where it is linear the outputs and 1
+    # from here to `reset_row` what changes from call to call
     "x", "x_step", "x_row",  # (T, N, I)
     "out", "out_step", "out_row",  # (T, N, P), the forward's output
     "saved",  # (T, N, 5, H), of the forward
@@ -104,16 +106,14 @@ def backward_kernel(dtype: np.dtype):
         return (vectors + widest - 1) // widest
 
     @part(types.UniTuple(i, 2), i, i)
-    def cut_block(columns, block):
+    def cut_columns(columns, block):
         """Return the first vector of a block of columns, and how many it has."""
-        vectors, blocks = (columns + lanes - 1) // lanes, count_blocks(columns)
-        first = vectors * block // blocks
-        return first, vectors * (block + 1) // blocks - first
+        return cut_block(columns, block, lanes, widest)
 
     @part(types.void, *[i] * 12)
     def along(tile, a, a_rows, rows, depth, parts, panel, columns, block, out, out_rows, add):
         """out[row, block] (+)= a[row] W for one block of columns; panel: all blocks one after the other."""
-        first, vectors = cut_block(columns, block)
+        first, vectors = cut_columns(columns, block)
         at, line = first * lanes, vectors * lanes
         row = 0
         while row < rows:
@@ -137,7 +137,7 @@ def backward_kernel(dtype: np.dtype):
 
         `a` and `panel` point at the first k of theirs, which hold `a_panel_rows` and `panel_rows` rows in each block.
         """
-        first, vectors = cut_block(columns, block)
+        first, vectors = cut_columns(columns, block)
         at, line = first * lanes, vectors * lanes
         j = first_j
         while j < last_j:
@@ -155,7 +155,7 @@ def backward_kernel(dtype: np.dtype):
     def pack_right(p, table, columns, first_k, last_k, out, rows):
         """Make a panel of rows at a table of addresses, for blocks of columns."""
         for block in range(count_blocks(columns)):
-            first, vectors = cut_block(columns, block)
+            first, vectors = cut_columns(columns, block)
             at, line = first * lanes, vectors * lanes
             to = out + (at * rows + first_k * line) * size
             call_tile(p.pack, (vectors - 1, last_k - first_k, table + first_k * 8, at, columns - at, to, line))
@@ -254,8 +254,8 @@ def backward_kernel(dtype: np.dtype):
                 d_h, table(q, p, H_ROWS), 0,
             )  # fmt: skip
         if p.reset:
-            begin = cut_block(p.P, first)[0] * lanes
-            end = min(p.P, (cut_block(p.P, last - 1)[0] + cut_block(p.P, last - 1)[1]) * lanes)
+            begin = cut_columns(p.P, first)[0] * lanes
+            end = min(p.P, (cut_columns(p.P, last - 1)[0] + cut_columns(p.P, last - 1)[1]) * lanes)
             for r in range(rows):
                 if is_cut(p, t, row0 + r):
                     clear(d_h + (r * p.P + begin) * size, (end - begin) * size)
@@ -263,8 +263,8 @@ def backward_kernel(dtype: np.dtype):
     @part(types.void, plan_type, state_type, i, i, i, i)
     def add_output(p, q, row0, rows, first, last):
         """d_h_out = d_h + d_out for blocks of outputs, where there is a projection."""
-        begin = cut_block(p.P, first)[0] * lanes
-        end = min(p.P, (cut_block(p.P, last - 1)[0] + cut_block(p.P, last - 1)[1]) * lanes)
+        begin = cut_columns(p.P, first)[0] * lanes
+        end = min(p.P, (cut_columns(p.P, last - 1)[0] + cut_columns(p.P, last - 1)[1]) * lanes)
         call_tile(p.add, (
             0, rows, end - begin, p.d_h + (row0 * p.P + begin) * size, p.P,
             (p.d_out if p.d_out else p.zeros) + begin * size, table(q, p, D_OUT_ROWS),
@@ -275,8 +275,8 @@ def backward_kernel(dtype: np.dtype):
     def differentiate(p, q, row0, rows, first, last):
         """d_z of one step for blocks of units; the cell's own gradient goes to the step before."""
         t = time(p, q, q.j)
-        begin = cut_block(p.H, first)[0] * lanes
-        end = min(p.H, (cut_block(p.H, last - 1)[0] + cut_block(p.H, last - 1)[1]) * lanes)
+        begin = cut_columns(p.H, first)[0] * lanes
+        end = min(p.H, (cut_columns(p.H, last - 1)[0] + cut_columns(p.H, last - 1)[1]) * lanes)
         d_h, d_h_stride = p.d_h + row0 * p.P * size, p.P
         d_out, d_out_rows = p.d_out if p.d_out else p.zeros, table(q, p, D_OUT_ROWS)
         if p.projected:  # d_m = d_h_out W_hr, into the buffer of m, which the cell replaces
@@ -328,52 +328,44 @@ def backward_kernel(dtype: np.dtype):
         """Return where the chunk's d_z is."""
         return p.d_z + (q.done * p.J * size if p.linear else 0)
 
+    @part(types.void, plan_type, state_type, *[i] * 9)
+    def outer(p, q, left, first, last, panel, columns, out, ramp, d_bias, add):
+        """out[j] (+)= sum over the chunk's k of left[k, j] * panel[k] for j from first to last; and the sum of left.
+
+        What is written stays in L1 from one depth to the next; a panel comes from L2 once for LEFT numbers j.
+        """
+        for begin in range(first, last, LEFT):
+            end = min(last, begin + LEFT)
+            for block in range(count_blocks(columns)):
+                line = cut_columns(columns, block)[1] * lanes
+                for k in range(0, max(q.rows, 1), DOWN_DEPTH):
+                    down(
+                        p.multiply, left + k * LEFT * size, p.most, begin, end, min(DOWN_DEPTH, q.rows - k),
+                        panel + k * line * size, p.most, columns, block, out, ramp, int(add or k > 0),
+                    )  # fmt: skip
+            at = 0
+            while d_bias and at < end - begin:
+                vectors = min(widest, (LEFT - at) // lanes)
+                for k in range(0, max(q.rows, 1), DOWN_DEPTH):
+                    call_tile(p.multiply, (
+                        piece_of[0, vectors, 1], 1, p.ones, p.ramp_z, 0, min(DOWN_DEPTH, q.rows - k), 1,
+                        left + (begin * p.most + k * LEFT + at) * size, LEFT, d_bias + (begin + at) * size, p.ramp_z,
+                        end - begin - at, int(add or k > 0),
+                    ))  # fmt: skip
+                at += vectors * lanes
+
     @part(types.void, plan_type, state_type, i)
     def weight_gradients(p, q, share):
         """d_W += d_z^T [x h] and the bias, for a range of rows of the weights."""
+        add = int(p.add_w != 0 or q.done > 0)
         blocks = (p.J + LEFT - 1) // LEFT
         first, last = blocks * share // q.shares * LEFT, min(p.J, blocks * (share + 1) // q.shares * LEFT)
-        add = int(p.add_w != 0 or q.done > 0)
-        k = 0
-        while True:
-            depth = min(DOWN_DEPTH, q.rows - k)
-            left = p.left_z + k * LEFT * size
-            for which in range(2):
-                columns, panel = (p.P, p.panel_h) if which else (p.I, p.panel_x)
-                out, ramp = (p.d_w_hh, p.ramp_p) if which else (p.d_w_ih, p.ramp_i)
-                for block in range(count_blocks(columns)):
-                    line = cut_block(columns, block)[1] * lanes
-                    down(
-                        p.multiply, left, p.most, first, last, depth, panel + k * line * size, p.most,
-                        columns, block, out, ramp, add,
-                    )  # fmt: skip
-            if p.d_bias:
-                for begin in range(first, last, LEFT):
-                    at = 0
-                    while at < min(LEFT, last - begin):
-                        vectors = min(widest, (LEFT - at) // lanes)
-                        call_tile(p.multiply, (
-                            piece_of[0, vectors, 1], 1, p.ones, p.ramp_z, 0, depth, 1,
-                            left + (begin * p.most + at) * size, LEFT, p.d_bias + (begin + at) * size, p.ramp_z,
-                            last - begin - at, add,
-                        ))  # fmt: skip
-                        at += vectors * lanes
-            if p.projected:
-                blocks_p = (p.P + LEFT - 1) // LEFT
-                first_p, last_p = (
-                    blocks_p * share // q.shares * LEFT,
-                    min(p.P, blocks_p * (share + 1) // q.shares * LEFT),
-                )
-                for block in range(count_blocks(p.H)):
-                    line = cut_block(p.H, block)[1] * lanes
-                    down(
-                        p.multiply, p.left_h + k * LEFT * size, p.most, first_p, last_p, depth,
-                        p.panel_m + k * line * size, p.most, p.H, block, p.d_w_hr, p.ramp_h, add,
-                    )  # fmt: skip
-            add = 1
-            k += DOWN_DEPTH
-            if k >= q.rows:
-                break
+        outer(p, q, p.left_z, first, last, p.panel_x, p.I, p.d_w_ih, p.ramp_i, p.d_bias, add)
+        outer(p, q, p.left_z, first, last, p.panel_h, p.P, p.d_w_hh, p.ramp_p, 0, add)
+        if p.projected:
+            blocks = (p.P + LEFT - 1) // LEFT
+            first, last = blocks * share // q.shares * LEFT, min(p.P, blocks * (share + 1) // q.shares * LEFT)
+            outer(p, q, p.left_h, first, last, p.panel_m, p.H, p.d_w_hr, p.ramp_h, 0, add)
 
     @part(types.void, plan_type, state_type, i)
     def run_share(p, q, share):

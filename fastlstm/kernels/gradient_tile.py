@@ -23,6 +23,7 @@ from llvmlite import ir
 from numba import types
 
 from fastlstm.kernels.activations import tanh
+from fastlstm.kernels.panels import most_vectors
 from fastlstm.kernels.simd import I64, Builder, Pointer, Vec, fma, kernel, target
 from fastlstm.kernels.tile import GATES
 
@@ -32,7 +33,6 @@ __all__ = [
     "add_kernel",
     "cell_kernel",
     "most_rows",
-    "most_vectors",
     "multiply_kernel",
     "pack_kernel",
     "pieces",
@@ -49,11 +49,6 @@ class Piece:
     vectors: int
     down: bool = False  # `a` is read down its columns
     lockstep: bool = False  # the parts of a single row's sum side by side: one alone waits for its own latency
-
-
-def most_vectors() -> int:
-    """Return how many registers wide a tile is at most."""
-    return 4 if target().registers == 32 else 2
 
 
 def most_rows(vectors: int, down: bool) -> int:
@@ -135,7 +130,7 @@ def _emit_multiply(
         base = b.pointer(panel)
         if piece.down:
             first = b.pointer(a) + row0
-            sums = _multiply(b, [first + r for r in range(piece.rows)], a_step, depth, [base], line, vectors)
+            sums = _chain(b, depth, [first + r for r in range(piece.rows)], a_step, [base], line, vectors)
         elif piece.lockstep:
             (row,) = _table(b, b.pointer(a), a_rows, row0, 1)
             starts = [b.ir.mul(depth, I64(part)) for part in range(GATES)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -12,12 +13,29 @@ from numpy.typing import NDArray
 from fastlstm import threads
 from fastlstm.kernels.call import bind
 from fastlstm.kernels.compile import entry
-from fastlstm.kernels.panels import aligned, cut_columns, cut_units, pack_bias, pack_columns, pack_gates
+from fastlstm.kernels.panels import (
+    Panel,
+    address,
+    aligned,
+    columns_panel,
+    cut_columns,
+    cut_units,
+    gates_panel,
+    make_panels,
+)
 from fastlstm.kernels.product import L2_BYTES
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
 from fastlstm.kernels.team import LINE
-from fastlstm.kernels.tile import GATES, advance_kernel, blocking, most_blocks, project_kernel, record_kernel
+from fastlstm.kernels.tile import (
+    GATES,
+    advance_kernel,
+    advance_row_kernel,
+    blocking,
+    most_blocks,
+    project_kernel,
+    record_kernel,
+)
 
 __all__ = ["Network", "Sizes", "Strategy", "StreamRunner"]
 
@@ -32,6 +50,7 @@ HUGE_HOISTED_BYTES = 4 << 20
 ROWS_IN_CACHE = 96  # rows of a group whose state and x stay in L2 from step to step
 MIN_FULL = 6  # rows: as many as a tile has; from there on the step's own tile is full
 HOISTED_BYTES = 256 << 10  # of z for the steps of a chunk
+WEIGHTS, H_0, C_0, SAVED = (list(PLAN.names or ()).index(name) for name in ("weights", "h_0", "c_0", "saved"))
 KEPT_WORKSPACES, KEPT_SCRATCH = 4, 2 << 20  # how many, and up to how many bytes each, outlive their call
 
 
@@ -53,10 +72,6 @@ class Strategy(NamedTuple):
     groups: int  # of rows, as equal as can be; at most N
     hoisted: bool  # W_ih x for a chunk of steps at once
     chunk: int  # steps
-
-
-def _address(array: Array | None) -> int:
-    return 0 if array is None else int(array.ctypes.data)
 
 
 def _line(size: int) -> int:
@@ -87,34 +102,48 @@ class Network:
         self.state_width = GATES * self.p_cut.padded if self.projected else self.cut.padded
         self._zeros = aligned(GATES * self.p_cut.padded, dtype)
         self._zeros[:] = 0
-        self._arrays: list[Array] = []
-        rows = []
-        for layer in range(sizes.L):
-            for suffix in ("", "_reverse")[: sizes.D]:
-                name = f"_l{layer}{suffix}"
-                ih, bias = params["weight_ih" + name], np.zeros(4 * sizes.H, dtype)
-                if "bias_ih" + name in params:
-                    bias = params["bias_ih" + name] + params["bias_hh" + name]
-                arrays = [pack_bias(bias, self.cut), pack_gates(ih, self.cut)]
-                arrays.append(pack_gates(params["weight_hh" + name], self.cut))
-                if self.projected:
-                    arrays.append(pack_columns(params["weight_hr" + name], self.p_cut))
-                self._arrays += arrays
-                row = [ih.shape[1], *map(_address, arrays)]
-                rows.append(row + [0] * (len(WEIGHT_FIELDS) - len(row)))
-        self._weights = np.array(rows, np.int64)
-        self.weight_bytes = sum(array.nbytes for array in self._arrays)
+        self._idle: dict[tuple[Any, ...], Workspace] = {}  # of calls before, for calls like them
         plan: dict[str, int] = dict.fromkeys(PLAN.names or (), 0)
         plan |= {
             "kernel": entry(forward_kernel, dtype), "H": sizes.H, "P": sizes.P, "L": sizes.L, "D": sizes.D,
             "blocks": self.cut.blocks, "tail": int(self.cut.tail_units > 0), "units": self.cut.padded,
             "width": self.width, "state_width": self.state_width, "projected": int(self.projected),
             "p_blocks": self.p_cut.blocks, "p_tail": int(self.p_cut.tail_units > 0),
-            "advance": entry(advance_kernel, dtype), "project": entry(project_kernel, dtype),
-            "weights": _address(self._weights), "zeros": _address(self._zeros), "reverse": int(reverse),
+            "zeros": address(self._zeros), "reverse": int(reverse),
         }  # fmt: skip
         self._plan = plan
-        self._idle: dict[tuple[Any, ...], Workspace] = {}  # of calls before, for calls like them
+        self._pack(params, ())
+
+    def repacked(self, params: Mapping[str, Array], others: Sequence[Panel] = ()) -> tuple[Network, list[Array]]:
+        """Return a network like this one with other weights, and other panels that are made on the way."""
+        network = copy.copy(self)
+        return network, network._pack(params, others)
+
+    def _pack(self, params: Mapping[str, Array], others: Sequence[Panel]) -> list[Array]:
+        s = self.sizes
+        panels, depths = [], []
+        for layer in range(s.L):
+            for suffix in ("", "_reverse")[: s.D]:
+                name = f"_l{layer}{suffix}"
+                if "bias_ih" + name in params:
+                    bias = params["bias_ih" + name] + params["bias_hh" + name]
+                else:
+                    bias = np.zeros(GATES * s.H, self.dtype)
+                panels += [gates_panel(bias[:, None], self.cut), gates_panel(params["weight_ih" + name], self.cut)]
+                panels.append(gates_panel(params["weight_hh" + name], self.cut))
+                if self.projected:
+                    panels.append(columns_panel(params["weight_hr" + name], self.p_cut))
+                depths.append(params["weight_ih" + name].shape[1])
+        count = len(panels)
+        self.weight_bytes = sum(panel.size for panel in panels) * self.dtype.itemsize
+        arrays = make_panels([*panels, *others])
+        self._arrays, each = arrays[:count], count // len(depths)
+        rows = []
+        for k, depth in enumerate(depths):
+            row = [depth, *map(address, self._arrays[k * each : (k + 1) * each])]
+            rows.append(row + [0] * (len(WEIGHT_FIELDS) - len(row)))
+        self._weights = np.array(rows, np.int64)
+        return arrays[count:]
 
     def _fits_tile(self, rows: int) -> bool:
         """Return whether one tile holds all hidden units of a group of rows."""
@@ -145,7 +174,13 @@ class Network:
 
     def plan(self, base: int, offsets: dict[str, int], how: Strategy, **values: int) -> Array:
         """Return the plan of a call with a scratch at an address."""
-        plan = self._plan | offsets | values
+        plan = self._plan | offsets
+        if how.hoisted or self.projected:
+            plan["project"] = entry(project_kernel, self.dtype)
+        if "advance" not in values:
+            rows = values["N"] if how.shares > 1 else -(-values["N"] // how.groups)
+            plan["advance"] = entry(advance_kernel if rows > 1 else advance_row_kernel, self.dtype)
+        plan |= values
         plan["scratch"] += base
         plan["middle"] += base
         plan["counters"] = base
@@ -169,10 +204,9 @@ class Network:
         length and those lengths.  reset : bool (T, N), any strides.  saved : (T, N, 5, H), rows in that order, written
         for the backward.  dealt : whether rows are dealt to the groups of `how` already.
         """
-        plain = state_in[0] is None and state_in[1] is None and lengths is None and reset is None and how is None
-        plain = plain and saved is None
+        plain = lengths is None and reset is None
         threads_now = threads.get_num_threads()
-        key = (T, N, strides, threads_now)
+        key = (T, N, strides, threads_now, saved is None, how)
         space = self._idle.pop(key, None) if plain else None
         if space is None:
             how = how or choose_strategy(self, N, T, threads_now, lengths)
@@ -180,14 +214,16 @@ class Network:
                 order, lengths = deal_rows(order, lengths, how.groups)
             values = {
                 "T": T, "N": N, "x_step": strides[0], "x_row": strides[1], "out_step": strides[2],
-                "out_row": strides[3], "h_0": _address(state_in[0]), "c_0": _address(state_in[1]),
-                "order": _address(order), "lengths": _address(lengths), "reset": _address(reset),
+                "out_row": strides[3], "order": address(order), "lengths": address(lengths), "reset": address(reset),
             }  # fmt: skip
             if saved is not None:
-                values |= {"saved": _address(saved), "advance": entry(record_kernel, self.dtype)}
+                values["advance"] = entry(record_kernel, self.dtype)
             if reset is not None:
                 values |= {"reset_step": reset.strides[0], "reset_row": reset.strides[1]}
             space = Workspace(self, N, T, how, values)
+        plan = space.plan
+        plan[WEIGHTS] = address(self._weights)
+        plan[H_0], plan[C_0], plan[SAVED] = address(state_in[0]), address(state_in[1]), address(saved)
         space.run(x, out, *state_out)
         if plain and space.buffer.nbytes <= KEPT_SCRATCH:
             self._keep(key, space)
@@ -212,17 +248,18 @@ class Workspace:
         h_bytes, c_bytes = (0, 0) if "h" in values else network.state_bytes(N)
         scratch_bytes, offsets = network.scratch_bytes(N, T, how)
         self.buffer = aligned(h_bytes + c_bytes + scratch_bytes, np.dtype(np.uint8))
-        base = _address(self.buffer)
+        base = address(self.buffer)
         own = {"h": base, "c": base + h_bytes} | values
         self.plan = network.plan(base + h_bytes + c_bytes, offsets, how, **own)
         self.run_serial = bind(self.plan)
+        self.plan[WEIGHTS] = address(network._weights)
         self._counters = self.buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
 
     def run(self, x: Array, out: Array, h_n: Array, c_n: Array) -> None:
         """Run the plan in a parallel region, or on this thread where one is not wanted or not to be had."""
         if self.how.ranks > 1:
             self._counters[:] = 0
-            self.plan[1:5] = _address(x), _address(out), _address(h_n), _address(c_n)
+            self.plan[1:5] = address(x), address(out), address(h_n), address(c_n)
             if run_region(self.plan, self.how.ranks):
                 return
         self.run_serial(x, out, h_n, c_n)
@@ -237,7 +274,7 @@ class StreamRunner:
         h_bytes, c_bytes = network.state_bytes(N)
         self._state = aligned(h_bytes + c_bytes, np.dtype(np.uint8))
         self._state[:] = 0
-        base = _address(self._state)
+        base = address(self._state)
         self._values = {"keep": 1, "N": N, "h": base, "c": base + h_bytes, "x_row": s.I, "out_row": s.P}
         self._values |= {"x_step": N * s.I, "out_step": N * s.P}
         self._space = self._workspace(1, Strategy(1, 1, 1, False, 1))

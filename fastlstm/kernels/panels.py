@@ -1,17 +1,52 @@
-"""Weight panels: the order in which the tile reads weights, made once for each set of weights."""
+"""Weight panels: the order in which a tile reads weights, made once for each set of weights.
+
+*Transposed* panels [block][k][number] serve out = a W^T; they are made in squares of registers.  *Natural* ones, of the
+same form, serve out = a W and are copies of pieces of rows.
+"""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import carray, from_dtype, types
 from numpy.typing import NDArray
 
+from fastlstm import threads
+from fastlstm.kernels.call import HEAD, bind
+from fastlstm.kernels.compile import entry
+from fastlstm.kernels.region import run_region
+from fastlstm.kernels.simd import I64, Builder, Vec, kernel, target
+from fastlstm.kernels.team import LINE, OBJECTS, lazy, next_task, on_stack, part, record, record_at
 from fastlstm.kernels.tile import GATES, blocking
 
-__all__ = ["Cut", "aligned", "cut_units", "pack_bias", "pack_columns", "pack_gates"]
+__all__ = [
+    "Cut",
+    "Panel",
+    "address",
+    "aligned",
+    "columns_panel",
+    "cut_block",
+    "cut_columns",
+    "cut_units",
+    "gates_panel",
+    "make_panels",
+    "most_vectors",
+    "natural_panel",
+]
 
+Array = NDArray[Any]
 ALIGNMENT = 64
+PARALLEL_BYTES = 1 << 20  # of panels below which a parallel region does not pay
+
+
+def address(array: Array | None) -> int:
+    """Return where an array's data is, 0 for None; in a quarter of the time that `array.ctypes` takes."""
+    return 0 if array is None else ctypes.c_size_t.from_address(id(array) + HEAD).value
 
 
 @dataclass(frozen=True)
@@ -37,51 +72,198 @@ def cut_units(count: int, dtype: np.dtype) -> Cut:
     return Cut(blocks, units, tail if rest else 0)
 
 
-def aligned(count: int, dtype: np.dtype) -> NDArray[np.generic]:
-    """Return an uninitialised array that starts on a cache line."""
-    dtype = np.dtype(dtype)
-    raw = np.empty(count * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + count * dtype.itemsize].view(dtype)
-
-
-def _pack(weight: NDArray[np.floating], cut: Cut, out: NDArray[np.generic]) -> None:
-    """Write weight (4, H, K) as panels (block, K, gate, unit) to the flat `out`; padding is zero."""
-    K, main = weight.shape[2], cut.blocks * cut.units
-    padded = np.zeros((GATES, cut.padded, K), out.dtype) if cut.padded != weight.shape[1] else weight
-    if padded is not weight:
-        padded[:, : weight.shape[1]] = weight
-    blocks = out[: GATES * main * K].reshape(cut.blocks, K, GATES, cut.units)
-    blocks[:] = padded[:, :main].reshape(GATES, cut.blocks, cut.units, K).transpose(1, 3, 0, 2)
-    out[GATES * main * K :].reshape(K, GATES, cut.tail_units)[:] = padded[:, main:].transpose(2, 0, 1)
-
-
-def pack_gates(weight: NDArray[np.floating], cut: Cut) -> NDArray[np.generic]:
-    """Return panels of a weight (4H, K), gates stacked in the order i, f, g, o."""
-    out = aligned(GATES * cut.padded * weight.shape[1], weight.dtype)
-    _pack(weight.reshape(GATES, -1, weight.shape[1]), cut, out)
-    return out
-
-
-def pack_bias(bias: NDArray[np.floating], cut: Cut) -> NDArray[np.generic]:
-    """Return a bias (4H,) in the order in which a tile holds z."""
-    return pack_gates(bias[:, None], cut)
-
-
 def cut_columns(count: int, dtype: np.dtype) -> Cut:
     """Cut the outputs of a plain product: a block is 4 * units of them."""
     return cut_units(-(-count // GATES), dtype)
 
 
-def pack_columns(weight: NDArray[np.floating], cut: Cut) -> NDArray[np.generic]:
-    """Return panels of a weight (outputs, K) for a plain product: blocks of 4 * units outputs in their own order."""
-    outputs, K = weight.shape
-    padded = np.zeros((GATES * cut.padded, K), weight.dtype)
-    padded[:outputs] = weight
-    out = aligned(padded.size, weight.dtype)
-    main = GATES * cut.blocks * cut.units
-    out[: main * K].reshape(cut.blocks, K, GATES * cut.units)[:] = (
-        padded[:main].reshape(cut.blocks, GATES * cut.units, K).transpose(0, 2, 1)
-    )
-    out[main * K :].reshape(K, GATES * cut.tail_units)[:] = padded[main:].T
-    return out
+def aligned(count: int, dtype: np.dtype) -> NDArray[np.generic]:
+    """Return an uninitialised array that starts on a cache line."""
+    dtype = np.dtype(dtype)
+    raw = np.empty(count * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -address(raw) % ALIGNMENT
+    return raw[start : start + count * dtype.itemsize].view(dtype)
+
+
+def most_vectors() -> int:
+    """Return how many registers wide a tile on natural panels is at most."""
+    return 4 if target().registers == 32 else 2
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What is to be packed: the weight, the size of its panel, and how each sort of block is made."""
+
+    weight: Array
+    size: int
+    parts: Sequence[tuple[int, ...]]  # rows of JOB but for the addresses
+
+
+# A number of blocks of one sort.  Addresses in bytes, all else in numbers.
+JOB = record(
+    "weight", "out",  # (rows, depth) or, natural, (depth, columns); panels
+    "natural", "narrow", "depth", "blocks",
+    "units", "gate_rows", "block_rows",  # a row of the weight is gate * gate_rows + block * block_rows + unit
+    "rows", "gate_limit",  # how many count, and by how many fewer for each gate
+    "columns",
+)  # fmt: skip
+PLAN = record("kernel", "jobs", "count", "ranks", "counters")
+
+
+def _transposed(weight: Array, cut: Cut, gate_rows: int, gate_step: int, limit: int, gate_limit: int) -> Panel:
+    """Describe panels [block][k][gate][unit]; `limit` rows count, less `gate_limit` for each gate before."""
+    K, main = weight.shape[1], cut.blocks * cut.units
+    parts = []
+    if cut.blocks:
+        parts.append((0, 0, 0, 0, K, cut.blocks, cut.units, gate_rows, gate_step * cut.units, limit, gate_limit, 0))
+    if cut.tail_units:
+        units, first = cut.tail_units, main * gate_step
+        step = units if gate_limit else gate_rows
+        at, limit = first * K, limit - first
+        parts.append((at, GATES * main * K, 0, 1, K, 1, units, step, 0, limit, gate_limit and units, 0))
+    return Panel(weight, GATES * cut.padded * K, parts)
+
+
+def gates_panel(weight: Array, cut: Cut) -> Panel:
+    """Describe the panels of a weight (4H, K), gates stacked in the order i, f, g, o; a bias is (4H, 1)."""
+    H = len(weight) // GATES
+    return _transposed(weight, cut, H, 1, H, 0)
+
+
+def columns_panel(weight: Array, cut: Cut) -> Panel:
+    """Describe the panels of a weight (outputs, K): blocks of 4 * units outputs in their own order."""
+    return _transposed(weight, cut, cut.units, GATES, len(weight), cut.units)
+
+
+def natural_panel(weight: Array) -> Panel:
+    """Describe panels [block][k][column] of a weight (K, columns) for a W, padded to whole registers."""
+    (K, columns), lanes = weight.shape, target().lanes(weight.dtype)
+    vectors = -(-columns // lanes)
+    blocks = -(-vectors // most_vectors())
+    return Panel(weight, K * vectors * lanes, [(0, 0, 1, 0, K, blocks, 0, 0, 0, 0, 0, columns)])
+
+
+def make_panels(panels: Sequence[Panel]) -> list[Array]:
+    """Pack weights of one dtype, which are C-contiguous, and return their panels: pieces of one buffer."""
+    dtype = panels[0].weight.dtype
+    buffer = aligned(sum(-(-panel.size // ALIGNMENT) * ALIGNMENT for panel in panels), dtype)
+    base, size, at = address(buffer), dtype.itemsize, 0
+    found, jobs = [], []
+    for panel in panels:
+        source, out = address(panel.weight), base + at * size
+        jobs += [(source + part[0] * size, out + part[1] * size, *part[2:]) for part in panel.parts]
+        found.append(buffer[at : at + panel.size])
+        at += -(-panel.size // ALIGNMENT) * ALIGNMENT
+    table = np.array(jobs, np.int64)
+    ranks = threads.get_num_threads() if buffer.nbytes > PARALLEL_BYTES else 1
+    counters = np.zeros(2 * LINE, np.uint8)
+    plan = np.array([entry(panels_kernel, dtype), address(table), len(jobs), ranks, address(counters)], np.int64)
+    if ranks == 1 or not run_region(plan, ranks):
+        plan[3] = 1
+        bind(plan)(table, table)
+    return found
+
+
+def _transpose(b: Builder, rows: list[Vec]) -> list[Vec]:
+    """Return the columns of a square of registers: at each step squares of `half` by `half` change places."""
+    lanes, half = len(rows), 1
+    while half < lanes:
+        low = [lane - half + lanes if lane & half else lane for lane in range(lanes)]
+        high = [lane + lanes if lane & half else lane + half for lane in range(lanes)]
+        after = list(rows)
+        for i in range(lanes):
+            if not i & half:
+                after[i] = _pick(b, rows[i], rows[i + half], low)
+                after[i + half] = _pick(b, rows[i], rows[i + half], high)
+        rows, half = after, 2 * half
+    return rows
+
+
+def _pick(b: Builder, first: Vec, second: Vec, lanes: list[int]) -> Vec:
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+    return Vec(b, b.ir.shuffle_vector(*first.values, *second.values, mask))
+
+
+def _emit_transposed(b: Builder, units: int, source, rows, depth, out, line) -> None:
+    """Emit out[k][unit] = source[unit][k]: `rows` rows of `depth` numbers count, the others are zero."""
+
+    def square(i: ir.Value, _: list[Vec]) -> list[Vec]:
+        first = b.ir.mul(i, I64(b.lanes))
+        left = b.ir.sub(depth, first)
+        loaded = []
+        for unit in range(b.lanes):
+            count = b.ir.select(b.ir.icmp_signed("<", I64(unit), rows), left, I64(0))
+            row = b.pointer(source) + b.ir.mul(depth, I64(unit)) + first
+            loaded.append(row.load_first(b.lanes, count))
+        to = b.pointer(out) + b.ir.mul(first, line)
+        for k, column in enumerate(_transpose(b, loaded)):
+            count = b.ir.select(b.ir.icmp_signed("<", I64(k), left), I64(units), I64(0))
+            (to + b.ir.mul(line, I64(k))).store_first(column, count)
+        return []
+
+    b.loop(b.ir.sdiv(b.ir.add(depth, I64(b.lanes - 1)), I64(b.lanes)), square)
+
+
+def _emit_natural(b: Builder, vectors: int, source, stride, valid, rows, out) -> None:
+    """Emit out[row] = source[row], rows `stride` apart: the first `valid` numbers, and zeros behind them."""
+
+    def one_row(row: ir.Value, _: list[Vec]) -> list[Vec]:
+        from_ = b.pointer(source) + b.ir.mul(row, stride)
+        to = b.pointer(out) + b.ir.mul(row, I64(vectors * b.lanes))
+        for v in range(vectors):
+            (to + v * b.lanes).store((from_ + v * b.lanes).load_first(b.lanes, b.ir.sub(valid, I64(v * b.lanes))))
+        return []
+
+    b.loop(rows, one_row)
+
+
+@lazy
+def cut_block(columns, block, lanes, widest):
+    """Return the first register of a block of natural columns, and how many it has."""
+    vectors = (columns + lanes - 1) // lanes
+    blocks = (vectors + widest - 1) // widest
+    first = vectors * block // blocks
+    return first, vectors * (block + 1) // blocks - first
+
+
+def panels_kernel(dtype: np.dtype):
+    """Describe what packs weights: a function of the plan and the thread's rank; a block is a task."""
+    size, lanes, widest, job_size = dtype.itemsize, target().lanes(dtype), most_vectors(), JOB.itemsize
+    units = [blocking(dtype).units] + [blocking(dtype).tail] * bool(blocking(dtype).tail)
+    transposed = kernel(dtype, "transposed", 5, _emit_transposed, units)
+    natural = kernel(dtype, "natural", 5, _emit_natural, range(1, widest + 1))
+    job_at = record_at(from_dtype(JOB))
+    i = types.int64
+
+    @part(types.void, from_dtype(JOB), i)
+    def make_block(job, block):
+        if job.natural:
+            first, vectors = cut_block(job.columns, block, lanes, widest)
+            at = first * lanes
+            natural(on_stack((
+                vectors - 1, job.weight + at * size, job.columns, job.columns - at, job.depth,
+                job.out + at * job.depth * size,
+            )))  # fmt: skip
+            return
+        for gate in range(GATES):
+            rows = job.rows - block * job.block_rows - gate * job.gate_limit
+            source = job.weight + (gate * job.gate_rows + block * job.block_rows) * job.depth * size
+            out = job.out + (block * job.depth * GATES + gate) * job.units * size
+            transposed(on_stack((job.narrow, source, max(rows, 0), job.depth, out, GATES * job.units)))
+
+    def run(plan, rank, x, out, h_n, c_n):
+        p = carray(plan, 1)[0]
+        task, job, before = -1, 0, 0
+        while True:
+            task = next_task(p.counters) if p.ranks > 1 else task + 1
+            while job < p.count:
+                blocks = carray(job_at(p.jobs + job * job_size), 1)[0].blocks
+                if task < before + blocks:
+                    break
+                before += blocks
+                job += 1
+            if job == p.count:
+                break
+            make_block(carray(job_at(p.jobs + job * job_size), 1)[0], task - before)
+
+    return run, types.void(types.CPointer(from_dtype(PLAN)), *[types.int64] * (1 + OBJECTS))

@@ -12,10 +12,9 @@ from fastlstm.checks import as_size, float_dtype
 from fastlstm.kernels.call import bind
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import aligned
-from fastlstm.kernels.product import record
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.simd import I64, Builder, kernel
-from fastlstm.kernels.team import LINE, OBJECTS, set_integer
+from fastlstm.kernels.team import LINE, OBJECTS, record, set_integer
 from fastlstm.kernels.tile import GATES, Shape, blocking, chain
 
 __all__ = ["measure_peak"]

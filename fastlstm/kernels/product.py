@@ -13,23 +13,18 @@ from numpy.typing import NDArray
 from fastlstm import threads
 from fastlstm.kernels.call import HEAD, bind
 from fastlstm.kernels.compile import entry
-from fastlstm.kernels.panels import aligned, cut_columns, pack_columns
+from fastlstm.kernels.panels import address, aligned, columns_panel, cut_columns, make_panels
 from fastlstm.kernels.region import run_region
-from fastlstm.kernels.team import LINE, OBJECTS, call_tile, copy, integer_at, next_task, part, set_integer
+from fastlstm.kernels.team import LINE, OBJECTS, call_tile, copy, integer_at, next_task, part, record, set_integer
 from fastlstm.kernels.tile import GATES, blocking, most_blocks, project_kernel, shapes
 
-__all__ = ["Product", "block_tables", "product_part", "record"]
+__all__ = ["Product", "block_tables", "product_part"]
 
 Array = NDArray[Any]
 ROWS = 96  # in a task: x and out of 256 numbers a row stay in L2 beside the panel
 L2_BYTES = 768 << 10  # weights of a thread beyond which panels are fetched ahead
 KEPT_PLANS = 4
 SERIAL_WORK = 1 << 20  # multiply-adds below which a parallel region does not pay
-
-
-def record(*names: str) -> np.dtype[Any]:
-    """Return a record of int64 fields."""
-    return np.dtype([(name, np.int64) for name in names])
 
 
 PLAN = record(
@@ -155,7 +150,7 @@ class Product:
         dtype = weight.dtype
         self._cut = cut_columns(len(weight), dtype)
         self._width = GATES * self._cut.padded
-        self._panel = pack_columns(weight, self._cut)
+        (self._panel,) = make_panels([columns_panel(weight, self._cut)])
         self._start = aligned(self._width, dtype)
         self._start[:] = 0
         if bias is not None:
@@ -174,7 +169,7 @@ class Product:
         plan, counters, run_serial = space
         if ranks > 1:
             counters[:] = 0
-            plan[1:3] = x.ctypes.data, out.ctypes.data
+            plan[1:3] = address(x), address(out)
         if ranks == 1 or not run_region(plan, ranks):
             run_serial(x, out)
         if len(self._idle) < KEPT_PLANS:
@@ -185,10 +180,10 @@ class Product:
         outputs, K = self._shape
         per_rank = ROWS * (8 + self._width * self._dtype.itemsize) + LINE
         buffer = aligned(2 * LINE + ranks * per_rank, np.dtype(np.uint8))
-        base = buffer.ctypes.data
+        base = address(buffer)
         plan = np.array(
             [
-                self._address, 0, 0, rows, K, outputs, self._start.ctypes.data, self._panel.ctypes.data,
+                self._address, 0, 0, rows, K, outputs, address(self._start), address(self._panel),
                 self._cut.blocks, int(self._cut.tail_units > 0), self._width, self._project,
                 int(self._panel.nbytes > L2_BYTES), ranks, base, base + 2 * LINE, per_rank,
             ],

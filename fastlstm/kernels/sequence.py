@@ -17,7 +17,7 @@ import numpy as np
 from numba import carray, from_dtype, types
 
 from fastlstm.kernels.call import HEAD
-from fastlstm.kernels.product import block_tables, product_part, record
+from fastlstm.kernels.product import block_tables, product_part
 from fastlstm.kernels.team import (
     OBJECTS,
     byte_at,
@@ -29,6 +29,7 @@ from fastlstm.kernels.team import (
     next_task,
     part,
     phase_part,
+    record,
     record_at,
     set_integer,
     wait_for_tasks,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
@@ -30,9 +31,12 @@ __all__ = [
     "copy",
     "finish_task",
     "integer_at",
+    "lazy",
     "next_task",
+    "on_stack",
     "part",
     "phase_part",
+    "record",
     "record_at",
     "run_parallel",
     "set_integer",
@@ -78,6 +82,11 @@ def set_integer(typingctx, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+def record(*names):
+    """Return a record of int64 fields."""
+    return np.dtype([(name, np.int64) for name in names])
 
 
 def record_at(record):
@@ -193,23 +202,24 @@ def part(result, *arguments):
     return njit(result(*arguments), error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
-def _lazy(function):
+def lazy(function):
+    """Compile a part of a kernel for the types it is first called with."""
     return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
-@_lazy
+@lazy
 def claim(counters, share, phase):
     """Return whether this thread, and no other, does a share of a phase."""
     return _exchange_if(counters + (1 + 2 * share) * LINE, phase, phase + 1)
 
 
-@_lazy
+@lazy
 def finish(counters, share, phase):
     """Report a share of a phase as done."""
     _store_atomic(counters + (2 + 2 * share) * LINE, phase + 1)
 
 
-@_lazy
+@lazy
 def is_done(counters, share, phase, spins):
     """Return whether a share of a phase is done before this thread has looked `spins` times; -1: wait for it."""
     looked = 0
@@ -252,19 +262,19 @@ def phase_part(plan_type, state_type, run_share):
     return run_phase
 
 
-@_lazy
+@lazy
 def next_task(counters):
     """Return the number of a task that no other thread has."""
     return _add_atomic(counters, 1)
 
 
-@_lazy
+@lazy
 def finish_task(counters):
     """Report a task as done."""
     _add_atomic(counters + LINE, 1)
 
 
-@_lazy
+@lazy
 def wait_for_tasks(counters, count):
     """Return once that many tasks are done."""
     looked = 0
@@ -279,6 +289,20 @@ def wait_for_tasks(counters, count):
 def _call(builder, address, args):
     entry = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
     builder.call(builder.inttoptr(address, entry.as_pointer()), args)
+
+
+@intrinsic
+def on_stack(typingctx, arguments):
+    """Return the address of a table of int64 on this thread's stack, made of a tuple of them."""
+    count = len(arguments)
+
+    def codegen(context, builder, signature, args):
+        table = cgutils.alloca_once(builder, ir.ArrayType(I64, count))
+        for i, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            builder.store(value, builder.gep(table, [I32(0), I32(i)]))
+        return builder.ptrtoint(table, I64)
+
+    return types.int64(types.UniTuple(types.int64, count)), codegen
 
 
 @intrinsic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ from fastlstm import threads
 from fastlstm.kernels.backward import DOWN_DEPTH, PLAN, TABLES, TABLES_AT, backward_kernel
 from fastlstm.kernels.call import bind
 from fastlstm.kernels.compile import entry
-from fastlstm.kernels.gradient_tile import LEFT, add_kernel, cell_kernel, most_vectors, multiply_kernel, pack_kernel
-from fastlstm.kernels.network import Network, Sizes, Strategy, choose_strategy, deal_rows
-from fastlstm.kernels.panels import aligned
+from fastlstm.kernels.gradient_tile import LEFT, add_kernel, cell_kernel, multiply_kernel, pack_kernel
+from fastlstm.kernels.network import KEPT_SCRATCH, Network, Sizes, Strategy, choose_strategy, deal_rows
+from fastlstm.kernels.panels import address, aligned, make_panels, natural_panel
 from fastlstm.kernels.product import SERIAL_WORK
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.simd import target
@@ -28,6 +29,7 @@ Array = NDArray[Any]
 CHUNK_ROWS = 256  # of d_z in a chunk, so that d_W is a product of some depth and the chunk stays in cache
 LARGE_GRADIENTS = 16 << 20  # bytes of d_W that had better not be read at every chunk
 LARGE_CHUNK_ROWS = 512
+KEPT_SPACES = 4
 
 
 class Rows(NamedTuple):
@@ -70,29 +72,11 @@ def chunk_steps(I: int, H: int, P: int, N: int, dtype: np.dtype[Any]) -> int:
     return max(1, (LARGE_CHUNK_ROWS if gradients > LARGE_GRADIENTS else CHUNK_ROWS) // max(1, N))
 
 
-def _address(array: Array | None) -> int:
-    return 0 if array is None else int(array.ctypes.data)
-
-
-def _strides(array: Array) -> tuple[int, int]:
+def _strides(array: Array | None) -> tuple[int, int]:
     """Return the strides of steps and rows in numbers."""
+    if array is None:
+        return 0, 0
     return array.strides[0] // array.itemsize, array.strides[1] // array.itemsize
-
-
-def _natural_panel(weight: Array) -> Array:
-    """Return a weight (K, columns) as panels [block][k][column], padded to whole registers."""
-    lanes, widest = target().lanes(weight.dtype), most_vectors()
-    K, columns = weight.shape
-    vectors = -(-columns // lanes)
-    blocks = -(-vectors // widest)
-    out = aligned(K * vectors * lanes, weight.dtype)
-    for block in range(blocks):
-        first, last = (vectors * edge // blocks * lanes for edge in (block, block + 1))
-        lines: Any = out[K * first : K * last].reshape(K, last - first)
-        valid = min(columns, last) - first
-        lines[:, :valid] = weight[:, first : first + valid]
-        lines[:, valid:] = 0
-    return out
 
 
 class Direction:
@@ -100,25 +84,42 @@ class Direction:
 
     Parameters
     ----------
-    w_ih, w_hh, bias, w_hr : ndarray, (4H, I), (4H, P), (4H,), (P, H)
-        Of one dtype; `bias` is the sum of the two. None where there is none.
+    params : mapping of str to ndarray
+        Weights under PyTorch's names.
+    suffix : str
+        What the names of this layer and direction end in.
     reverse : bool
         Whether it runs from the last step to the first.
     """
 
     def __init__(self, params: Mapping[str, Array], suffix: str, reverse: bool) -> None:
-        own = {name[: -len(suffix)] + "_l0": a for name, a in params.items() if name.endswith(suffix)}
-        w_ih, w_hh, w_hr = own["weight_ih_l0"], own["weight_hh_l0"], own.get("weight_hr_l0")
+        self.suffix, self.reverse = suffix, reverse
+        own = self._own(params)
+        w_ih, w_hh = own["weight_ih_l0"], own["weight_hh_l0"]
         self.dtype = w_ih.dtype
-        self.suffix, self.bias = suffix, "bias_ih_l0" in own
+        self.bias, self.projected = "bias_ih_l0" in own, "weight_hr_l0" in own
         self.I, self.P, self.H = w_ih.shape[1], w_hh.shape[1], len(w_hh) // GATES
-        self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, own, reverse)
-        self.reverse, self.projected = reverse, w_hr is not None
-        self.w_ih, self.w_hh = _natural_panel(w_ih), _natural_panel(w_hh)
-        self.w_hr = None if w_hr is None else _natural_panel(w_hr)
-        self.zeros = np.zeros(GATES * self.H, self.dtype)
+        self.zeros = np.zeros(max(GATES * self.H, self.I), self.dtype)
         ramp = np.arange(GATES * self.H, dtype=np.int64)
         self.ramp_i, self.ramp_p, self.ramp_h = ramp * self.I, ramp * self.P, ramp[: self.P] * self.H
+        self._idle: dict[tuple[Any, ...], BackwardSpace] = {}
+        self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, own, reverse)
+        self._pack(own)
+
+    def _own(self, params: Mapping[str, Array]) -> dict[str, Array]:
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        return {name + "_l0": params[name + self.suffix] for name in names if name + self.suffix in params}
+
+    def _pack(self, own: Mapping[str, Array]) -> None:
+        names = ["weight_ih_l0", "weight_hh_l0"] + ["weight_hr_l0"] * self.projected
+        self.network, panels = self.network.repacked(own, [natural_panel(own[name]) for name in names])
+        self._panels = panels  # W_ih, W_hh and, where there is a projection, W_hr
+
+    def repacked(self, params: Mapping[str, Array]) -> Direction:
+        """Return a direction like this one with other weights."""
+        direction = copy.copy(self)
+        direction._pack(self._own(params))
+        return direction
 
     def choose(self, N: int, T: int, lengths: Array | None) -> Strategy:
         """Choose how some steps are shared out, forward and backward."""
@@ -137,10 +138,8 @@ class Direction:
     def gradients(self) -> dict[str, Array]:
         """Return room for the gradients of the weights."""
         rows, dtype = GATES * self.H, self.dtype
-        found: dict[str, Array] = {
-            "weight_ih": np.empty((rows, self.I), dtype),
-            "weight_hh": np.empty((rows, self.P), dtype),
-        }
+        found: dict[str, Array] = {"weight_ih": np.empty((rows, self.I), dtype)}
+        found["weight_hh"] = np.empty((rows, self.P), dtype)
         if self.bias:
             found["bias_ih"] = np.empty(rows, dtype)
         if self.projected:
@@ -158,11 +157,32 @@ class Direction:
         d_w : out, by name.  add_x, add_w : whether to add to what is there.
         """
         T, N = steps.x.shape[:2]
-        I, P, H = self.I, self.P, self.H
         how, rows = steps.how, steps.rows
+        ranks = min(how.ranks, threads.get_num_threads())
+        key = (T, N, how.shares > 1, how.groups, ranks)
+        space = self._idle.pop(key, None) or self._space(T, N, how, ranks)
+        w_hr = self._panels[2] if self.projected else None
+        changing = (
+            address(steps.x), *_strides(steps.x), address(steps.out), *_strides(steps.out), address(saved),
+            address(steps.h_0), address(steps.c_0), address(d_out), *_strides(d_out),
+            address(d_state[0]), address(d_state[1]), address(d_initial[0]), address(d_initial[1]),
+            address(d_x), *_strides(d_x), add_x, address(d_w["weight_ih"]), address(d_w["weight_hh"]),
+            address(d_w.get("bias_ih")), address(d_w.get("weight_hr")), add_w,
+            address(self._panels[0]), address(self._panels[1]), address(w_hr),
+            address(rows.order), address(rows.lengths), address(rows.places), address(rows.active),
+            address(rows.reset), *((0, 0) if rows.reset is None else rows.reset.strides),
+        )  # fmt: skip
+        space.run(changing)
+        if space.buffer.nbytes <= KEPT_SCRATCH:
+            if len(self._idle) >= KEPT_SPACES:
+                self._idle.clear()
+            self._idle[key] = space
+
+    def _space(self, T: int, N: int, how: Strategy, ranks: int) -> BackwardSpace:
+        """Return the scratch and the plan of a backward of so many steps and rows."""
+        I, P, H, size = self.I, self.P, self.H, self.dtype.itemsize
         chunk = chunk_steps(I, H, P, N, self.dtype)
         most = min(chunk, T) * N
-        size = self.dtype.itemsize
         projected = int(self.projected)
         parts = {
             "d_h": N * P * size, "d_c": N * H * size, "d_m": projected * N * H * size, "d_z": most * GATES * H * size,
@@ -173,28 +193,12 @@ class Direction:
         }  # fmt: skip
         plan = {
             "T": T, "N": N, "P": P, "H": H, "reverse": int(self.reverse), "projected": projected, "parts": GATES,
-            "saved": _address(saved), "h_0": _address(steps.h_0), "c_0": _address(steps.c_0),
-            "d_out": _address(d_out), "d_h_n": _address(d_state[0]), "d_c_n": _address(d_state[1]),
-            "d_h_0": _address(d_initial[0]), "d_c_0": _address(d_initial[1]), "d_x": _address(d_x),
-            "add_x": int(add_x), "d_w_hh": _address(d_w["weight_hh"]), "d_w_hr": _address(d_w.get("weight_hr")),
-            "add_w": int(add_w), "w_hh": _address(self.w_hh), "w_hr": _address(self.w_hr),
-            "order": _address(rows.order), "lengths": _address(rows.lengths), "places": _address(rows.places),
-            "active": _address(rows.active), "reset": _address(rows.reset), "zeros": _address(self.zeros),
-            "cell": entry(cell_kernel, self.dtype), "add": entry(add_kernel, self.dtype) if projected else 0,
+            "zeros": address(self.zeros), "cell": entry(cell_kernel, self.dtype),
+            "add": entry(add_kernel, self.dtype) if projected else 0,
             "chunk": chunk, "units_apart": int(how.shares > 1), "groups": how.groups,
-            "ramp_p": _address(self.ramp_p), "ramp_h": _address(self.ramp_h),
+            "ramp_p": address(self.ramp_p), "ramp_h": address(self.ramp_h),
         }  # fmt: skip
-        plan["x_step"], plan["x_row"] = _strides(steps.x)
-        plan["out"], (plan["out_step"], plan["out_row"]) = _address(steps.out), _strides(steps.out)
-        if d_out is not None:
-            plan["d_out_step"], plan["d_out_row"] = _strides(d_out)
-        if d_x is not None:
-            plan["d_x_step"], plan["d_x_row"] = _strides(d_x)
-        if rows.reset is not None:
-            plan["reset_step"], plan["reset_row"] = rows.reset.strides
-        ranks = min(how.ranks, threads.get_num_threads())
-        w_ih, bias = d_w["weight_ih"], d_w.get("bias_ih")
-        _run(plan, parts, ranks, most, steps.x, self.w_ih, w_ih, bias, self.ramp_i)
+        return BackwardSpace(plan, parts, ranks, most, (GATES * H, I), self.dtype, self.ramp_i)
 
 
 def _padded(columns: int, dtype: np.dtype[Any]) -> int:
@@ -206,42 +210,53 @@ def _padded(columns: int, dtype: np.dtype[Any]) -> int:
 _ones = {np.dtype(dtype): np.ones(DOWN_DEPTH, dtype) for dtype in (np.float32, np.float64)}
 
 
-def _run(
-    plan: dict[str, int], parts: dict[str, int], ranks: int, most: int,
-    x: Array, panel: Array, d_weight: Array, d_bias: Array | None, ramp: Array,
-) -> None:  # fmt: skip
-    """Complete the plan of a backward with what a linear layer has too, and run it; `parts`: bytes of its scratch."""
-    dtype, (J, I) = x.dtype, d_weight.shape
-    scratch_rank = LINE * -(-(TABLES_AT + TABLES * plan["N"] * 8) // LINE)
-    parts = parts | {
-        "counters": (2 + 2 * ranks) * LINE, "scratch": ranks * scratch_rank,
-        "left_z": most * LEFT * -(-J // LEFT) * dtype.itemsize, "panel_x": most * _padded(I, dtype) * dtype.itemsize,
-        "x_from": most * 8, "h_from": most * 8, "z_from": most * 8, "d_x_to": most * 8, "ramp_z": most * 8,
-    }  # fmt: skip
-    offsets, total = {}, 0
-    for name, count in parts.items():
-        offsets[name] = total
-        total += -(-count // LINE) * LINE
-    buffer = aligned(total, np.dtype(np.uint8))
-    base = _address(buffer)
-    buffer[offsets["ramp_z"] :][: most * 8].view(np.int64)[:] = np.arange(most) * J
-    values: dict[str, int] = dict.fromkeys(PLAN.names or (), 0)
-    values |= {
-        "kernel": entry(backward_kernel, dtype), "I": I, "J": J, "x": _address(x), "w_ih": _address(panel),
-        "d_w_ih": _address(d_weight), "d_bias": _address(d_bias), "ones": _address(_ones[dtype]),
-        "multiply": entry(multiply_kernel, dtype), "pack": entry(pack_kernel, dtype), "most": most,
-        "ranks": ranks, "shares": ranks, "scratch_rank": scratch_rank, "ramp_i": _address(ramp),
-    }  # fmt: skip
-    values |= plan | {name: base + offset for name, offset in offsets.items()}
-    array = np.array(list(values.values()), np.int64)
-    if ranks > 1:
-        buffer[offsets["counters"] :][: parts["counters"]] = 0
-        if run_region(array, ranks):
-            return
-    bind(array)(_nothing, _nothing)
+class BackwardSpace:
+    """The scratch of a backward and the plan that points into it: what a linear layer has too, and what is given."""
+
+    def __init__(
+        self, plan: dict[str, int], parts: dict[str, int], ranks: int, most: int, shape: tuple[int, int],
+        dtype: np.dtype[Any], ramp: Array,
+    ) -> None:  # fmt: skip
+        J, I = shape
+        scratch_rank = LINE * -(-(TABLES_AT + TABLES * plan["N"] * 8) // LINE)
+        parts = parts | {
+            "counters": (2 + 2 * ranks) * LINE, "scratch": ranks * scratch_rank,
+            "left_z": most * LEFT * -(-J // LEFT) * dtype.itemsize,
+            "panel_x": most * _padded(I, dtype) * dtype.itemsize,
+            "x_from": most * 8, "h_from": most * 8, "z_from": most * 8, "d_x_to": most * 8, "ramp_z": most * 8,
+        }  # fmt: skip
+        offsets, total = {}, 0
+        for name, count in parts.items():
+            offsets[name] = total
+            total += -(-count // LINE) * LINE
+        self.buffer = aligned(total, np.dtype(np.uint8))
+        base = address(self.buffer)
+        self.buffer[offsets["ramp_z"] :][: most * 8].view(np.int64)[:] = np.arange(most) * J
+        self._counters = self.buffer[offsets["counters"] :][: parts["counters"]]
+        values: dict[str, int] = dict.fromkeys(PLAN.names or (), 0)
+        values |= {
+            "kernel": entry(backward_kernel, dtype), "I": I, "J": J, "ones": address(_ones[dtype]),
+            "multiply": entry(multiply_kernel, dtype), "pack": entry(pack_kernel, dtype), "most": most,
+            "ranks": ranks, "shares": ranks, "scratch_rank": scratch_rank, "ramp_i": address(ramp),
+        }  # fmt: skip
+        values |= plan | {name: base + offset for name, offset in offsets.items()}
+        self.ranks = ranks
+        self._kept = ramp
+        self.plan = np.array(list(values.values()), np.int64)
+        self._run_serial = bind(self.plan)
+
+    def run(self, changing: tuple[int, ...]) -> None:
+        """Run the plan with the fields from `x` on, in a parallel region or on this thread."""
+        self.plan[FIRST_CHANGING : FIRST_CHANGING + len(changing)] = changing
+        if self.ranks > 1:
+            self._counters[:] = 0
+            if run_region(self.plan, self.ranks):
+                return
+        self._run_serial(_nothing, _nothing)
 
 
 _nothing = np.empty(0)
+FIRST_CHANGING = list(PLAN.names or ()).index("x")
 
 
 class LinearGradients:
@@ -249,7 +264,7 @@ class LinearGradients:
 
     def __init__(self, weight: Array) -> None:
         self.weight = weight
-        self._panel = _natural_panel(weight)
+        (self._panel,) = make_panels([natural_panel(weight)])
         self._ramp = np.arange(len(weight), dtype=np.int64) * weight.shape[1]
 
     def backward(self, x: Array, d_y: Array, d_bias: Array | None) -> tuple[Array, Array]:
@@ -258,9 +273,8 @@ class LinearGradients:
         d_x, d_weight = np.empty_like(x), np.empty_like(self.weight)
         chunk = LARGE_CHUNK_ROWS if d_weight.nbytes > LARGE_GRADIENTS else CHUNK_ROWS
         ranks = threads.get_num_threads() if len(x) * d_weight.size > SERIAL_WORK else 1
-        plan = {
-            "T": len(x), "N": 1, "reverse": 1, "linear": 1, "parts": 1, "x_step": I, "d_x": _address(d_x),
-            "d_x_step": I, "chunk": chunk, "d_z": _address(d_y),
-        }  # fmt: skip
-        _run(plan, {}, ranks, min(chunk, len(x)), x, self._panel, d_weight, d_bias, self._ramp)
+        plan = {"T": len(x), "N": 1, "reverse": 1, "linear": 1, "parts": 1, "chunk": chunk, "d_z": address(d_y)}
+        space = BackwardSpace(plan, {}, ranks, min(chunk, len(x)), (len(d_weight), I), x.dtype, self._ramp)
+        given = (address(x), I) + (0,) * 14 + (address(d_x), I, 0, 0)
+        space.run((*given, address(d_weight), 0, address(d_bias), 0, 0, address(self._panel)))
         return d_x, d_weight
