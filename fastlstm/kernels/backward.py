@@ -37,6 +37,7 @@ from fastlstm.kernels.tile import GATES
 
 __all__ = ["DOWN_DEPTH", "PLAN", "STATE", "TABLES", "backward_kernel"]
 
+PANEL_BYTES = 512 << 10  # of a block's panel beyond which it does not stay in L2
 DOWN_DEPTH = 256  # rows of a chunk in one sum: 128 gives 90% of peak, 256 94%
 
 # What one call is about, written by `training.py`.  Addresses in bytes, all else in numbers.
@@ -112,24 +113,30 @@ def backward_kernel(dtype: np.dtype):
 
     @part(types.void, *[i] * 12)
     def along(tile, a, a_rows, rows, depth, parts, panel, columns, block, out, out_rows, add):
-        """out[row, block] (+)= a[row] W for one block of columns; panel: all blocks one after the other."""
+        """out[row, block] (+)= a[row] W for one block of columns; panel: all blocks one after the other.
+
+        A panel that would not stay in L2 is read part by part, for all rows each: d_x of b1024 gains 20%.
+        """
         first, vectors = cut_columns(columns, block)
         at, line = first * lanes, vectors * lanes
-        row = 0
-        while row < rows:
-            left = rows - row
-            here = min(left, most[0, vectors])
-            if here < left < 2 * here:
-                here = (left + 1) >> 1
-            index = piece_of[0, vectors, here]
-            if here == 1 and parts == GATES:
-                index = lockstep[vectors]
-            count = left // here
-            call_tile(tile, (
-                index, count, a, a_rows + row * 8, 0, depth, parts, panel + at * parts * depth * size, line,
-                out + at * size, out_rows + row * 8, columns - at, add,
-            ))  # fmt: skip
-            row += here * count
+        together = parts if parts * depth * line * size <= PANEL_BYTES else 1
+        for part_ in range(0, parts, together):
+            row = 0
+            while row < rows:
+                left = rows - row
+                here = min(left, most[0, vectors])
+                if here < left < 2 * here:
+                    here = (left + 1) >> 1
+                index = piece_of[0, vectors, here]
+                if here == 1 and together == GATES:
+                    index = lockstep[vectors]
+                count = left // here
+                call_tile(tile, (
+                    index, count, a + part_ * depth * size, a_rows + row * 8, 0, depth, together,
+                    panel + (at * parts + part_ * line) * depth * size, line,
+                    out + at * size, out_rows + row * 8, columns - at, int(add or part_ > 0),
+                ))  # fmt: skip
+                row += here * count
 
     @part(types.void, *[i] * 13)
     def down(tile, a, a_panel_rows, first_j, last_j, depth, panel, panel_rows, columns, block, out, out_rows, add):

@@ -54,7 +54,7 @@ class Piece:
 def most_rows(vectors: int, down: bool) -> int:
     """Return how many rows a tile of that width has at most; reading along, each takes an address register."""
     if target().registers == 32:
-        return {4: 6, 3: 8, 2: 12 if down else 8, 1: 24 if down else 8}[vectors]
+        return {3: 8, 2: 12 if down else 8, 1: 24 if down else 8}[vectors]
     return {2: 6, 1: 12 if down else 8}[vectors]
 
 
@@ -130,6 +130,9 @@ def _emit_multiply(
         base = b.pointer(panel)
         if piece.down:
             first = b.pointer(a) + row0
+            for to in _table(b, b.pointer(out), out_rows, row0, piece.rows):
+                for v in range(vectors):
+                    (to + v * b.lanes).prefetch()
             sums = _chain(b, depth, [first + r for r in range(piece.rows)], a_step, [base], line, vectors)
         elif piece.lockstep:
             (row,) = _table(b, b.pointer(a), a_rows, row0, 1)

@@ -86,8 +86,8 @@ def aligned(count: int, dtype: np.dtype) -> NDArray[np.generic]:
 
 
 def most_vectors() -> int:
-    """Return how many registers wide a tile on natural panels is at most."""
-    return 4 if target().registers == 32 else 2
+    """Return how many registers wide a tile on natural panels is at most: 3 leave room for 8 rows."""
+    return 3 if target().registers == 32 else 2
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ __all__ = ["Direction", "LinearGradients", "Rows", "Steps", "chunk_steps"]
 Array = NDArray[Any]
 
 CHUNK_ROWS = 256  # of d_z in a chunk, so that d_W is a product of some depth and the chunk stays in cache
-LARGE_GRADIENTS = 16 << 20  # bytes of d_W that had better not be read at every chunk
+LARGE_GRADIENTS = 4 << 20  # bytes of d_W that had better not be read at every chunk
 LARGE_CHUNK_ROWS = 512
 KEPT_SPACES = 4
 
