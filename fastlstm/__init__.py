@@ -1,10 +1,11 @@
-"""LSTM on CPUs: inference faster and more exact than the deep-learning frameworks, from NumPy and Numba alone.
+"""LSTM on CPUs: inference and training, faster and more exact than the deep-learning frameworks, from NumPy and Numba.
 
-See `fastlstm.LSTM`. Nothing is compiled by this import; the first call compiles, or loads what an earlier process did.
+See `fastlstm.LSTM`; `fastlstm.optim` and `fastlstm.losses` for training; `fastlstm.torch` for use inside PyTorch. Nothing is compiled by this import; the first call compiles, or loads what an earlier process did.
 """
 
 from __future__ import annotations
 
+from fastlstm import losses, optim
 from fastlstm.config import show_config, warmup
 from fastlstm.io import from_torch, load, save
 from fastlstm.lstm import LSTM, Stream
@@ -19,6 +20,8 @@ __all__ = [
     "from_torch",
     "get_num_threads",
     "load",
+    "losses",
+    "optim",
     "save",
     "set_num_threads",
     "show_config",

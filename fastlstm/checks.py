@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, cast
@@ -14,6 +15,7 @@ __all__ = [
     "as_bools",
     "as_generator",
     "as_indices",
+    "as_number",
     "as_out",
     "as_size",
     "check_flag",
@@ -35,6 +37,21 @@ def as_size(name: str, value: object, least: int = 1, most: int = 1 << 24) -> in
     if not least <= size <= most:
         raise ValueError(f"`{name}` must be {f'at least {least}' if size < least else f'at most {most}'}, got {size}")
     return size
+
+
+def as_number(name: str, value: object, interval: str = "[0, inf)") -> float:
+    """Return a real number that lies in an interval, written as in mathematics."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf if value > 0 else -math.inf
+    low, high = map(float, interval[1:-1].split(","))
+    fits = low < number < high or (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
+    if not fits:
+        raise ValueError(f"`{name}` must be in {interval}, got {number}")
+    return number
 
 
 def as_generator(rng: object) -> np.random.Generator:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastlstm.checks import as_array, as_bools, as_indices, as_size, check_shape, to_numpy
-from fastlstm.optim import as_number
+from fastlstm.checks import as_array, as_bools, as_indices, as_number, as_size, check_shape, to_numpy
 
 __all__ = ["huber", "mse", "softmax_cross_entropy"]
 

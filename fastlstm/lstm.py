@@ -19,6 +19,7 @@ from fastlstm.checks import (
     as_bools,
     as_generator,
     as_indices,
+    as_number,
     as_out,
     as_size,
     check_flag,
@@ -92,14 +93,6 @@ class SequenceModel(ABC):
         return Call(array, T, N, self._check_state(state, N, batched), order, sorted_lengths, reset, batched)
 
 
-def _probability(name: str, value: object) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}` must be from 0 to 1, got {value}")
-    return float(value)
-
-
 class LSTM(Layer, SequenceModel):
     """Long short-term memory, one or more layers, with the arguments and weights of `torch.nn.LSTM`.
 
@@ -159,7 +152,7 @@ class LSTM(Layer, SequenceModel):
         "num_layers": (partial(as_size, most=1 << 12), 1),
         "bias": (check_flag, True),
         "batch_first": (check_flag, False),
-        "dropout": (_probability, 0.0),
+        "dropout": (partial(as_number, interval="[0, 1]"), 0.0),
         "bidirectional": (check_flag, False),
         "proj_size": (partial(as_size, least=0), 0),
     }

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlstm.checks import as_array, as_size, check_flag, check_shape
+from fastlstm.checks import as_array, as_number, as_size, check_flag, check_shape
 from fastlstm.model import Sequential
 from fastlstm.parameters import compare_names
 
@@ -528,21 +528,6 @@ def step_lr(step: int, lr: float, every: int, factor: float = 0.1) -> float:
 
 
 # Checks
-
-
-def as_number(name: str, value: object, interval: str = "[0, inf)") -> float:
-    """Return a real number that lies in an interval, written as in mathematics."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf if value > 0 else -math.inf
-    low, high = map(float, interval[1:-1].split(","))
-    fits = low < number < high or (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
-    if not fits:
-        raise ValueError(f"`{name}` must be in {interval}, got {number}")
-    return number
 
 
 def _check_floats(name: str, value: object) -> None:

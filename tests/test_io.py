@@ -497,7 +497,7 @@ def test_from_torch_refuses_bad_arguments():
         fastlstm.from_torch(weights(), prefix=1)
     with pytest.raises(TypeError, match="`batch_first` must be True or False"):
         fastlstm.from_torch(weights(), batch_first="yes")
-    with pytest.raises(ValueError, match="`dropout` must be from 0 to 1"):
+    with pytest.raises(ValueError, match=r"`dropout` must be in \[0, 1\]"):
         fastlstm.from_torch(weights(), dropout=2.0)
 
 
