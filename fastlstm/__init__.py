@@ -1,6 +1,7 @@
-"""LSTM on CPUs: inference and training, faster and more exact than the deep-learning frameworks, from NumPy and Numba.
+"""LSTM on CPUs: inference and training, fast and exact, from NumPy and Numba alone.
 
-See `fastlstm.LSTM`; `fastlstm.optim` and `fastlstm.losses` for training; `fastlstm.torch` for use inside PyTorch. Nothing is compiled by this import; the first call compiles, or loads what an earlier process did.
+See `fastlstm.LSTM`; `fastlstm.optim` and `fastlstm.losses` for training; `fastlstm.torch` for a model in PyTorch.
+Nothing is compiled by this import; the first call compiles, or loads what an earlier process did.
 """
 
 from __future__ import annotations

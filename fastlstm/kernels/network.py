@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -14,14 +14,14 @@ from fastlstm import threads
 from fastlstm.kernels.call import bind
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import (
-    Panel,
+    Packing,
     address,
     aligned,
     columns_panel,
     cut_columns,
     cut_units,
     gates_panel,
-    make_panels,
+    natural_panel,
 )
 from fastlstm.kernels.product import L2_BYTES
 from fastlstm.kernels.region import run_region
@@ -92,9 +92,14 @@ class Network:
         Weights under PyTorch's names, of that dtype.
     reverse : bool, default False
         Whether the one direction runs from the last step to the first.
+    natural : bool, default False
+        Whether the backward's panels are wanted too, of W_ih, W_hh and, where there is a projection, W_hr.
     """
 
-    def __init__(self, sizes: Sizes, dtype: np.dtype[Any], params: Mapping[str, Array], reverse: bool = False) -> None:
+    def __init__(
+        self, sizes: Sizes, dtype: np.dtype[Any], params: Mapping[str, Array], reverse: bool = False,
+        natural: bool = False,
+    ) -> None:  # fmt: skip
         self.sizes, self.dtype = sizes, dtype
         self.cut, self.p_cut = cut_units(sizes.H, dtype), cut_columns(sizes.P, dtype)
         self.projected = sizes.P != sizes.H
@@ -112,16 +117,36 @@ class Network:
             "zeros": address(self._zeros), "reverse": int(reverse),
         }  # fmt: skip
         self._plan = plan
-        self._pack(params, ())
+        self._natural = natural
+        self._packing = self._describe_packing(natural)
+        self._depths = [
+            sizes.I if layer == 0 else sizes.D * sizes.P for layer in range(sizes.L) for _ in range(sizes.D)
+        ]
+        self._pack(params)
 
-    def repacked(self, params: Mapping[str, Array], others: Sequence[Panel] = ()) -> tuple[Network, list[Array]]:
-        """Return a network like this one with other weights, and other panels that are made on the way."""
+    def repacked(self, params: Mapping[str, Array]) -> Network:
+        """Return a network like this one with other weights."""
         network = copy.copy(self)
-        return network, network._pack(params, others)
+        network._pack(params)
+        return network
 
-    def _pack(self, params: Mapping[str, Array], others: Sequence[Panel]) -> list[Array]:
+    def _describe_packing(self, natural: bool) -> Packing:
+        """Describe the panels of all weights in the order of `_pack`; `natural`: the backward's behind them."""
+        s, panels, others = self.sizes, [], []
+        for layer in range(s.L):
+            I = s.I if layer == 0 else s.D * s.P
+            for _ in range(s.D):
+                panels += [gates_panel(s.H, K, self.cut) for K in (1, I, s.P)]
+                others += [natural_panel(GATES * s.H, K, self.dtype) for K in (I, s.P)]
+                if self.projected:
+                    panels.append(columns_panel(s.P, s.H, self.p_cut))
+                    others.append(natural_panel(s.P, s.H, self.dtype))
+        self.weight_bytes = sum(panel.size for panel in panels) * self.dtype.itemsize
+        return Packing(panels + others * natural, self.dtype)
+
+    def _pack(self, params: Mapping[str, Array]) -> None:
         s = self.sizes
-        panels, depths = [], []
+        found, others = [], []
         for layer in range(s.L):
             for suffix in ("", "_reverse")[: s.D]:
                 name = f"_l{layer}{suffix}"
@@ -129,21 +154,17 @@ class Network:
                     bias = params["bias_ih" + name] + params["bias_hh" + name]
                 else:
                     bias = np.zeros(GATES * s.H, self.dtype)
-                panels += [gates_panel(bias[:, None], self.cut), gates_panel(params["weight_ih" + name], self.cut)]
-                panels.append(gates_panel(params["weight_hh" + name], self.cut))
+                matrices = [params["weight_ih" + name], params["weight_hh" + name]]
                 if self.projected:
-                    panels.append(columns_panel(params["weight_hr" + name], self.p_cut))
-                depths.append(params["weight_ih" + name].shape[1])
-        count = len(panels)
-        self.weight_bytes = sum(panel.size for panel in panels) * self.dtype.itemsize
-        arrays = make_panels([*panels, *others])
-        self._arrays, each = arrays[:count], count // len(depths)
-        rows = []
-        for k, depth in enumerate(depths):
-            row = [depth, *map(address, self._arrays[k * each : (k + 1) * each])]
-            rows.append(row + [0] * (len(WEIGHT_FIELDS) - len(row)))
-        self._weights = np.array(rows, np.int64)
-        return arrays[count:]
+                    matrices.append(params["weight_hr" + name])
+                found += [bias, *matrices]
+                others += matrices
+        self._buffer, addresses = self._packing.make(found + others * self._natural)
+        self.natural_panels = addresses[len(found) :]
+        each = len(found) // (s.L * s.D)
+        self._weights = np.zeros((s.L * s.D, len(WEIGHT_FIELDS)), np.int64)
+        self._weights[:, 0] = self._depths
+        self._weights[:, 1 : 1 + each] = addresses[: len(found)].reshape(-1, each)
 
     def _fits_tile(self, rows: int) -> bool:
         """Return whether one tile holds all hidden units of a group of rows."""

@@ -26,6 +26,7 @@ from fastlstm.kernels.tile import GATES, blocking
 
 __all__ = [
     "Cut",
+    "Packing",
     "Panel",
     "address",
     "aligned",
@@ -34,7 +35,6 @@ __all__ = [
     "cut_columns",
     "cut_units",
     "gates_panel",
-    "make_panels",
     "most_vectors",
     "natural_panel",
 ]
@@ -92,11 +92,10 @@ def most_vectors() -> int:
 
 @dataclass(frozen=True)
 class Panel:
-    """What is to be packed: the weight, the size of its panel, and how each sort of block is made."""
+    """How a weight is packed: the size of its panel, and rows of JOB with addresses relative to weight and panel."""
 
-    weight: Array
     size: int
-    parts: Sequence[tuple[int, ...]]  # rows of JOB but for the addresses
+    parts: Sequence[tuple[int, ...]]
 
 
 # A number of blocks of one sort.  Addresses in bytes, all else in numbers.
@@ -110,9 +109,9 @@ JOB = record(
 PLAN = record("kernel", "jobs", "count", "ranks", "counters")
 
 
-def _transposed(weight: Array, cut: Cut, gate_rows: int, gate_step: int, limit: int, gate_limit: int) -> Panel:
+def _transposed(K: int, cut: Cut, gate_rows: int, gate_step: int, limit: int, gate_limit: int) -> Panel:
     """Describe panels [block][k][gate][unit]; `limit` rows count, less `gate_limit` for each gate before."""
-    K, main = weight.shape[1], cut.blocks * cut.units
+    main = cut.blocks * cut.units
     parts = []
     if cut.blocks:
         parts.append((0, 0, 0, 0, K, cut.blocks, cut.units, gate_rows, gate_step * cut.units, limit, gate_limit, 0))
@@ -121,47 +120,55 @@ def _transposed(weight: Array, cut: Cut, gate_rows: int, gate_step: int, limit: 
         step = units if gate_limit else gate_rows
         at, limit = first * K, limit - first
         parts.append((at, GATES * main * K, 0, 1, K, 1, units, step, 0, limit, gate_limit and units, 0))
-    return Panel(weight, GATES * cut.padded * K, parts)
+    return Panel(GATES * cut.padded * K, parts)
 
 
-def gates_panel(weight: Array, cut: Cut) -> Panel:
-    """Describe the panels of a weight (4H, K), gates stacked in the order i, f, g, o; a bias is (4H, 1)."""
-    H = len(weight) // GATES
-    return _transposed(weight, cut, H, 1, H, 0)
+def gates_panel(H: int, K: int, cut: Cut) -> Panel:
+    """Describe the panels of a weight (4H, K), gates stacked in the order i, f, g, o; a bias has K = 1."""
+    return _transposed(K, cut, H, 1, H, 0)
 
 
-def columns_panel(weight: Array, cut: Cut) -> Panel:
+def columns_panel(outputs: int, K: int, cut: Cut) -> Panel:
     """Describe the panels of a weight (outputs, K): blocks of 4 * units outputs in their own order."""
-    return _transposed(weight, cut, cut.units, GATES, len(weight), cut.units)
+    return _transposed(K, cut, cut.units, GATES, outputs, cut.units)
 
 
-def natural_panel(weight: Array) -> Panel:
+def natural_panel(K: int, columns: int, dtype: np.dtype) -> Panel:
     """Describe panels [block][k][column] of a weight (K, columns) for a W, padded to whole registers."""
-    (K, columns), lanes = weight.shape, target().lanes(weight.dtype)
+    lanes = target().lanes(dtype)
     vectors = -(-columns // lanes)
     blocks = -(-vectors // most_vectors())
-    return Panel(weight, K * vectors * lanes, [(0, 0, 1, 0, K, blocks, 0, 0, 0, 0, 0, columns)])
+    return Panel(K * vectors * lanes, [(0, 0, 1, 0, K, blocks, 0, 0, 0, 0, 0, columns)])
 
 
-def make_panels(panels: Sequence[Panel]) -> list[Array]:
-    """Pack weights of one dtype, which are C-contiguous, and return their panels: pieces of one buffer."""
-    dtype = panels[0].weight.dtype
-    buffer = aligned(sum(-(-panel.size // ALIGNMENT) * ALIGNMENT for panel in panels), dtype)
-    base, size, at = address(buffer), dtype.itemsize, 0
-    found, jobs = [], []
-    for panel in panels:
-        source, out = address(panel.weight), base + at * size
-        jobs += [(source + part[0] * size, out + part[1] * size, *part[2:]) for part in panel.parts]
-        found.append(buffer[at : at + panel.size])
-        at += -(-panel.size // ALIGNMENT) * ALIGNMENT
-    table = np.array(jobs, np.int64)
-    ranks = threads.get_num_threads() if buffer.nbytes > PARALLEL_BYTES else 1
-    counters = np.zeros(2 * LINE, np.uint8)
-    plan = np.array([entry(panels_kernel, dtype), address(table), len(jobs), ranks, address(counters)], np.int64)
-    if ranks == 1 or not run_region(plan, ranks):
-        plan[3] = 1
-        bind(plan)(table, table)
-    return found
+class Packing:
+    """How a set of weights is packed, again and again for other values: panels side by side in one buffer."""
+
+    def __init__(self, panels: Sequence[Panel], dtype: np.dtype[Any]) -> None:
+        self.dtype, self._count = dtype, len(panels)
+        starts = [0]
+        for panel in panels:
+            starts.append(starts[-1] + -(-panel.size // ALIGNMENT) * ALIGNMENT)
+        self._starts = np.array(starts[:-1]) * dtype.itemsize
+        self._size = starts[-1]
+        self._which = np.array([i for i, panel in enumerate(panels) for _ in panel.parts])
+        self._jobs = np.array([part for panel in panels for part in panel.parts], np.int64)
+        self._jobs[:, :2] *= dtype.itemsize
+
+    def make(self, weights: Sequence[Array]) -> tuple[Array, Array]:
+        """Return a buffer with the panels of C-contiguous weights, and the panels' addresses."""
+        buffer = aligned(self._size, self.dtype)
+        found: Array = self._starts + address(buffer)
+        jobs = self._jobs.copy()
+        jobs[:, 0] += np.array([address(weight) for weight in weights])[self._which]
+        jobs[:, 1] += found[self._which]
+        ranks = threads.get_num_threads() if buffer.nbytes > PARALLEL_BYTES else 1
+        counters = np.zeros(2 * LINE, np.uint8)
+        plan = np.array([entry(panels_kernel, self.dtype), address(jobs), len(jobs), ranks, address(counters)])
+        if ranks == 1 or not run_region(plan, ranks):
+            plan[3] = 1
+            bind(plan)(jobs, jobs)
+        return buffer, found
 
 
 def _transpose(b: Builder, rows: list[Vec]) -> list[Vec]:

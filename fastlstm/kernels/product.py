@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastlstm import threads
 from fastlstm.kernels.call import HEAD, bind
 from fastlstm.kernels.compile import entry
-from fastlstm.kernels.panels import address, aligned, columns_panel, cut_columns, make_panels
+from fastlstm.kernels.panels import Packing, address, aligned, columns_panel, cut_columns
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.team import LINE, OBJECTS, call_tile, copy, integer_at, next_task, part, record, set_integer
 from fastlstm.kernels.tile import GATES, blocking, most_blocks, project_kernel, shapes
@@ -150,7 +150,7 @@ class Product:
         dtype = weight.dtype
         self._cut = cut_columns(len(weight), dtype)
         self._width = GATES * self._cut.padded
-        (self._panel,) = make_panels([columns_panel(weight, self._cut)])
+        self._panel, _ = Packing([columns_panel(len(weight), weight.shape[1], self._cut)], dtype).make([weight])
         self._start = aligned(self._width, dtype)
         self._start[:] = 0
         if bias is not None:

@@ -15,7 +15,7 @@ from fastlstm.kernels.call import bind
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.gradient_tile import LEFT, add_kernel, cell_kernel, multiply_kernel, pack_kernel
 from fastlstm.kernels.network import KEPT_SCRATCH, Network, Sizes, Strategy, choose_strategy, deal_rows
-from fastlstm.kernels.panels import address, aligned, make_panels, natural_panel
+from fastlstm.kernels.panels import Packing, address, aligned, natural_panel
 from fastlstm.kernels.product import SERIAL_WORK
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.simd import target
@@ -103,22 +103,16 @@ class Direction:
         ramp = np.arange(GATES * self.H, dtype=np.int64)
         self.ramp_i, self.ramp_p, self.ramp_h = ramp * self.I, ramp * self.P, ramp[: self.P] * self.H
         self._idle: dict[tuple[Any, ...], BackwardSpace] = {}
-        self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, own, reverse)
-        self._pack(own)
+        self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, own, reverse, natural=True)
 
     def _own(self, params: Mapping[str, Array]) -> dict[str, Array]:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
         return {name + "_l0": params[name + self.suffix] for name in names if name + self.suffix in params}
 
-    def _pack(self, own: Mapping[str, Array]) -> None:
-        names = ["weight_ih_l0", "weight_hh_l0"] + ["weight_hr_l0"] * self.projected
-        self.network, panels = self.network.repacked(own, [natural_panel(own[name]) for name in names])
-        self._panels = panels  # W_ih, W_hh and, where there is a projection, W_hr
-
     def repacked(self, params: Mapping[str, Array]) -> Direction:
         """Return a direction like this one with other weights."""
         direction = copy.copy(self)
-        direction._pack(self._own(params))
+        direction.network = self.network.repacked(self._own(params))
         return direction
 
     def choose(self, N: int, T: int, lengths: Array | None) -> Strategy:
@@ -161,14 +155,14 @@ class Direction:
         ranks = min(how.ranks, threads.get_num_threads())
         key = (T, N, how.shares > 1, how.groups, ranks)
         space = self._idle.pop(key, None) or self._space(T, N, how, ranks)
-        w_hr = self._panels[2] if self.projected else None
+        panels = self.network.natural_panels
         changing = (
             address(steps.x), *_strides(steps.x), address(steps.out), *_strides(steps.out), address(saved),
             address(steps.h_0), address(steps.c_0), address(d_out), *_strides(d_out),
             address(d_state[0]), address(d_state[1]), address(d_initial[0]), address(d_initial[1]),
             address(d_x), *_strides(d_x), add_x, address(d_w["weight_ih"]), address(d_w["weight_hh"]),
             address(d_w.get("bias_ih")), address(d_w.get("weight_hr")), add_w,
-            address(self._panels[0]), address(self._panels[1]), address(w_hr),
+            panels[0], panels[1], panels[2] if self.projected else 0,
             address(rows.order), address(rows.lengths), address(rows.places), address(rows.active),
             address(rows.reset), *((0, 0) if rows.reset is None else rows.reset.strides),
         )  # fmt: skip
@@ -264,7 +258,8 @@ class LinearGradients:
 
     def __init__(self, weight: Array) -> None:
         self.weight = weight
-        (self._panel,) = make_panels([natural_panel(weight)])
+        outputs, I = weight.shape
+        self._panel, _ = Packing([natural_panel(outputs, I, weight.dtype)], weight.dtype).make([weight])
         self._ramp = np.arange(len(weight), dtype=np.int64) * weight.shape[1]
 
     def backward(self, x: Array, d_y: Array, d_bias: Array | None) -> tuple[Array, Array]:
