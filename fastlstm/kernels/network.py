@@ -50,7 +50,7 @@ HUGE_HOISTED_BYTES = 4 << 20
 ROWS_IN_CACHE = 96  # rows of a group whose state and x stay in L2 from step to step
 MIN_FULL = 6  # rows: as many as a tile has; from there on the step's own tile is full
 HOISTED_BYTES = 256 << 10  # of z for the steps of a chunk
-WEIGHTS, H_0, C_0, SAVED = (list(PLAN.names or ()).index(name) for name in ("weights", "h_0", "c_0", "saved"))
+GIVEN = [list(PLAN.names or ()).index(name) for name in ("weights", "h_0", "c_0", "saved")]  # may differ in each call
 KEPT_WORKSPACES, KEPT_SCRATCH = 4, 2 << 20  # how many, and up to how many bytes each, outlive their call
 
 
@@ -164,6 +164,7 @@ class Network:
         each = len(found) // (s.L * s.D)
         self._weights = np.zeros((s.L * s.D, len(WEIGHT_FIELDS)), np.int64)
         self._weights[:, 0] = self._depths
+        self._weights_at = address(self._weights)
         self._weights[:, 1 : 1 + each] = addresses[: len(found)].reshape(-1, each)
 
     def _fits_tile(self, rows: int) -> bool:
@@ -242,9 +243,10 @@ class Network:
             if reset is not None:
                 values |= {"reset_step": reset.strides[0], "reset_row": reset.strides[1]}
             space = Workspace(self, N, T, how, values)
-        plan = space.plan
-        plan[WEIGHTS] = address(self._weights)
-        plan[H_0], plan[C_0], plan[SAVED] = address(state_in[0]), address(state_in[1]), address(saved)
+        given = self._weights_at, address(state_in[0]), address(state_in[1]), address(saved)
+        if given != space.given:
+            space.given = given
+            space.plan[GIVEN] = given
         space.run(x, out, *state_out)
         if plain and space.buffer.nbytes <= KEPT_SCRATCH:
             self._keep(key, space)
@@ -273,7 +275,8 @@ class Workspace:
         own = {"h": base, "c": base + h_bytes} | values
         self.plan = network.plan(base + h_bytes + c_bytes, offsets, how, **own)
         self.run_serial = bind(self.plan)
-        self.plan[WEIGHTS] = address(network._weights)
+        self.given = network._weights_at, 0, 0, 0
+        self.plan[GIVEN] = self.given
         self._counters = self.buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
 
     def run(self, x: Array, out: Array, h_n: Array, c_n: Array) -> None:
