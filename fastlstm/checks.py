@@ -15,6 +15,7 @@ __all__ = [
     "as_bools",
     "as_generator",
     "as_indices",
+    "as_interval",
     "as_number",
     "as_out",
     "as_size",
@@ -52,6 +53,11 @@ def as_number(name: str, value: object, interval: str = "[0, inf)") -> float:
     if not fits:
         raise ValueError(f"`{name}` must be in {interval}, got {number}")
     return number
+
+
+def as_interval(name: str, value: object) -> int | None:
+    """Return a number of steps, or None."""
+    return None if value is None else as_size(name, value, most=1 << 62)
 
 
 def as_generator(rng: object) -> np.random.Generator:

@@ -19,6 +19,7 @@ from fastlstm.checks import (
     as_bools,
     as_generator,
     as_indices,
+    as_interval,
     as_number,
     as_out,
     as_size,
@@ -368,8 +369,9 @@ class LSTM(Layer, SequenceModel):
         """Record a checked call; `owned`: nobody else writes to its `x`."""
         from fastlstm.tape import record_lstm
 
-        every = None if checkpoint_every is None else as_size("checkpoint_every", checkpoint_every, most=1 << 62)
-        return record_lstm(self, call, as_generator(rng) if self.dropout else None, every, owned)
+        every = as_interval("checkpoint_every", checkpoint_every)
+        random = as_generator(rng) if self.dropout or rng is not None else None
+        return record_lstm(self, call, random, every, owned)
 
     def _pack_for_training(self, params: Mapping[str, Array], before: Any) -> list[list[Direction]]:
         """Return the weights by layer and direction."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastlstm.checks import as_array, as_generator, as_out, as_size, check_flag
+from fastlstm.checks import as_array, as_generator, as_interval, as_out, as_size, check_flag
 from fastlstm.lstm import LSTM, Call, SequenceModel
 from fastlstm.parameters import Layer, Setting, check_names
 
@@ -133,10 +133,7 @@ class Linear(Layer):
         (7, 3, 2)
         """
         array = as_array("x", x, self.dtype)
-        if array.ndim == 0 or array.shape[-1] != self.in_features:
-            raise ValueError(
-                f"`x` must have shape (..., in_features) with in_features = {self.in_features}, got {array.shape}"
-            )
+        self._check_features(array)
         shape = (*array.shape[:-1], self.out_features)
         if out is None:
             out = np.empty(shape, self.dtype)
@@ -148,6 +145,12 @@ class Linear(Layer):
             product: Product = self._packed_weights()
             product.apply(array.reshape(-1, self.in_features), out.reshape(-1, self.out_features))
         return out
+
+    def _check_features(self, x: Array) -> None:
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"`x` must have shape (..., in_features) with in_features = {self.in_features}, got {x.shape}"
+            )
 
     def record(self, x: ArrayLike) -> Tape:
         """Apply the layer to every row and keep what the gradients need.
@@ -176,20 +179,23 @@ class Linear(Layer):
         ((7, 3, 5), array([21., 21.], dtype=float32))
         """
         array = as_array("x", x, self.dtype)
-        return self._record(array.copy() if array is x or np.may_share_memory(array, x) else array)
+        self._check_features(array)
+        return self._record(array.copy())
 
     def _record(self, x: Array) -> Tape:
         """Record a call on an array that nobody else writes to."""
         from fastlstm.tape import Gradients, Tape
 
-        output = self(x)
+        weights: LinearGradients = self._training_weights()
+        output = np.empty((*x.shape[:-1], self.out_features), self.dtype)
         shape = (x.size // self.in_features, self.in_features)
-        params, weights = self._params, self._training_weights()
+        if x.size:
+            weights.product.apply(x.reshape(shape), output.reshape(-1, self.out_features))
 
         def backward(d_output: object, d_state: object) -> Gradients:
             if d_state is not None:
                 raise ValueError(f"`d_state` must be None: a Linear has no state, got {type(d_state).__name__}")
-            found = {name: np.zeros_like(array) for name, array in params.items()}
+            found = {name: np.zeros(shape, self.dtype) for name, shape in self._shapes().items()}
             d_x = np.zeros(shape, self.dtype)
             if d_output is not None:
                 d_y = as_array("d_output", d_output, self.dtype)
@@ -207,7 +213,7 @@ class Linear(Layer):
     def _pack_for_training(self, params: Mapping[str, Array], before: Any) -> LinearGradients:
         from fastlstm.kernels.training import LinearGradients
 
-        return LinearGradients(params["weight"])
+        return LinearGradients(params["weight"], params.get("bias"))
 
 
 class Sequential(SequenceModel):
@@ -457,18 +463,22 @@ class Sequential(SequenceModel):
         from fastlstm.tape import Gradients, Tape
 
         call = self._check_call(x, state, lengths, reset)
-        random = as_generator(rng)
+        random, every = as_generator(rng), as_interval("checkpoint_every", checkpoint_every)
         valid = self._valid(call)
         y, owned, tapes = call.x, False, []
         for layer, initial in zip(self._layers, call.state, strict=True):
             if isinstance(layer, LSTM):
-                tapes.append(layer._record(call._replace(x=y, state=initial), random, checkpoint_every, owned))
+                tapes.append(layer._record(call._replace(x=y, state=initial), random, every, owned))
+            elif valid is not None:  # what lies past the lengths may be anything; it must not reach the weights
+                tapes.append(layer._record(np.where(valid, y, self.dtype.type(0))))
             else:
                 tapes.append(layer._record(y if owned else y.copy()))
             y, owned = tapes[-1].output, True
         last_is_linear = isinstance(self._layers[-1], Linear)
         if last_is_linear and valid is not None:
-            y = y * valid
+            y = np.where(valid, y, self.dtype.type(0))
+        symbols, states_n = self._symbols("O", call.batched), [tape.state for tape in tapes]
+        del call
 
         def backward(d_output: Any, d_state: Any) -> Gradients:
             d_states = self._check_entries(d_state, "d_state")
@@ -477,11 +487,10 @@ class Sequential(SequenceModel):
             if d_output is not None:
                 d_output = as_array("d_output", d_output, self.dtype)
                 if d_output.shape != y.shape:
-                    symbols = self._symbols("O", call.batched)
                     raise ValueError(f"`d_output` must have shape {symbols} = {y.shape}, got {d_output.shape}")
-                if last_is_linear and valid is not None:
-                    d_output = d_output * valid
             for i in reversed(range(len(self))):
+                if valid is not None and d_output is not None and isinstance(self._layers[i], Linear):
+                    d_output = np.where(valid, d_output, self.dtype.type(0))
                 d_output, states[i], params[i] = tapes[i].backward(d_output, d_states[i])
             return Gradients(
                 d_output,
@@ -489,7 +498,7 @@ class Sequential(SequenceModel):
                 {f"{i}.{name}": array for i, found in enumerate(params) for name, array in found.items()},
             )
 
-        return Tape(y, [tape.state for tape in tapes], backward)
+        return Tape(y, states_n, backward)
 
     def _valid(self, call: Call) -> Array | None:
         """Return whether each step lies within the length of its row, laid out as the output; None: all do."""

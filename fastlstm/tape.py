@@ -20,6 +20,9 @@ Array = NDArray[Any]
 Pair = tuple[Array | None, Array | None]
 
 
+_nothing: Array = np.empty((0, 0, 0))
+
+
 class Gradients(NamedTuple):
     """Gradients of a scalar with respect to what a recorded call was given."""
 
@@ -109,7 +112,7 @@ class _Recording:
     """
 
     def __init__(self, lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool) -> None:
-        self.lstm, self.call = lstm, call
+        self.lstm, self.batched, self.x_shape = lstm, call.batched, call.x.shape
         self.directions: list[list[Direction]] = lstm._training_weights()
         self.T, self.N, self.every = call.T, call.N, every
         D, H, P = lstm._directions, lstm.hidden_size, lstm._output_size
@@ -120,14 +123,15 @@ class _Recording:
         count = lstm.num_layers * D
         self.h_n, self.c_n = (np.empty((count, self.N, size), lstm.dtype) for size in (P, H))
         self.layers: list[list[list[_Segment]]] = []  # of each layer, each direction
-        self.masks: list[Array] = []  # of the outputs of all layers but the last
+        self.between: list[Array] = []  # outputs of all layers but the last
+        self.masks: list[Array] = []  # of these
         self.keep = 1 - lstm.dropout
         reset = None if call.reset is None else np.array(call.reset)
         self.empty = self.T == 0 or self.N == 0
         x = self._time_major(call.x if owned else call.x.copy())
         for k, layer in enumerate(self.directions):
             last = k == lstm.num_layers - 1
-            output = np.empty((*call.x.shape[:-1], D * P) if last else (self.T, self.N, D * P), lstm.dtype)
+            output = np.empty((*self.x_shape[:-1], D * P) if last else (self.T, self.N, D * P), lstm.dtype)
             y = self._time_major(output) if last else output
             segments = []
             for d, direction in enumerate(layer):
@@ -138,6 +142,7 @@ class _Recording:
             self.layers.append(segments)
             if not last:
                 x = y
+                self.between.append(y)
                 if lstm.dropout:
                     self.masks.append(rng.random(y.shape, np.float32) < self.keep)
                     x = self._drop(y, k)
@@ -145,8 +150,8 @@ class _Recording:
 
     def _time_major(self, array: Array) -> Array:
         """Return a view (T, N, ...) of an array that is laid out as the user's."""
-        view: Array = array if self.call.batched else array[:, None]
-        return view.swapaxes(0, 1) if self.call.batched and self.lstm.batch_first else view
+        view: Array = array if self.batched else array[:, None]
+        return view.swapaxes(0, 1) if self.batched and self.lstm.batch_first else view
 
     def _drop(self, y: Array, k: int) -> Array:
         """Return the outputs of layer k, or their gradient, as dropout leaves them."""
@@ -196,45 +201,49 @@ class _Recording:
                 saved = np.empty((self.T, self.N, 5, direction.H), direction.dtype)
             h_n, c_n = final if (first, last) == cuts[-1] else map(np.empty_like, final)
             direction.forward(steps, h_n, c_n, saved)
+            if self.masks:  # the input is that of before with its mask, and will be again
+                steps = steps._replace(x=_nothing)
             segments.append(_Segment(first, last, steps, saved, cut))
             state = h_n, c_n
         return segments
 
     def backward(self, d_output: object, d_state: object) -> Gradients:
         """Return the gradients; arguments as the user gave them."""
-        lstm, call = self.lstm, self.call
+        lstm = self.lstm
         d_out = None
         if d_output is not None:
             d_out = as_array("d_output", d_output, lstm.dtype)
             if d_out.shape != self.output.shape:
-                symbols = lstm._symbols("D*P", call.batched)
+                symbols = lstm._symbols("D*P", self.batched)
                 raise ValueError(f"`d_output` must have shape {symbols} = {self.output.shape}, got {d_out.shape}")
             d_out = self._time_major(d_out)
-        d_final: Pair = lstm._check_state(d_state, self.N, call.batched, "d_state", ("d_h_n", "d_c_n"))
+        d_final: Pair = lstm._check_state(d_state, self.N, self.batched, "d_state", ("d_h_n", "d_c_n"))
         D, P = lstm._directions, lstm._output_size
         d_h_0, d_c_0 = np.empty_like(self.h_n), np.empty_like(self.c_n)
         found: dict[str, Array] = {}
         for k in reversed(range(lstm.num_layers)):
             shape = (self.T, self.N, self.directions[k][0].I)
-            d_x = np.empty(shape if k else call.x.shape, lstm.dtype)
+            d_x = np.empty(shape if k else self.x_shape, lstm.dtype)
             to = d_x if k else self._time_major(d_x)
+            x = self._drop(self.between[k - 1], k - 1) if k and self.masks else None
             for d, direction in enumerate(self.directions[k]):
                 index = k * D + d
                 part = None if d_out is None else d_out[:, :, d * P :][:, :, :P]
                 d_w = direction.gradients()
                 d_last: Pair = tuple(None if s is None else s[index] for s in d_final)  # type: ignore[assignment]
-                self._backward(direction, self.layers[k][d], part, d_last, (d_h_0[index], d_c_0[index]), to, d > 0, d_w)
+                initial = d_h_0[index], d_c_0[index]
+                self._backward(direction, self.layers[k][d], x, part, d_last, initial, to, d > 0, d_w)
                 if direction.bias:
                     d_w["bias_hh"] = d_w["bias_ih"].copy()
                 found |= {name + direction.suffix: array for name, array in d_w.items()}
             d_out = to
             if k and lstm.dropout:
                 d_out = self._drop(to, k - 1)
-        state = (d_h_0, d_c_0) if call.batched else (d_h_0[:, 0], d_c_0[:, 0])
+        state = (d_h_0, d_c_0) if self.batched else (d_h_0[:, 0], d_c_0[:, 0])
         return Gradients(d_x, state, {name: found[name] for name in lstm._shapes()})
 
     def _backward(
-        self, direction: Direction, segments: list[_Segment], d_out: Array | None, d_state: Pair,
+        self, direction: Direction, segments: list[_Segment], x: Array | None, d_out: Array | None, d_state: Pair,
         d_initial: tuple[Array, Array], d_x: Array, add_x: bool, d_w: dict[str, Array],
     ) -> None:  # fmt: skip
         """Take one direction of one layer backward, segment by segment against its own order."""
@@ -245,6 +254,8 @@ class _Recording:
                 to[...] = 0 if end is None else end
         for segment in reversed(segments):
             first, last, steps, saved, cut = segment
+            if x is not None:
+                steps = steps._replace(x=x[first:last])
             if saved is None:
                 saved = np.empty((last - first, self.N, 5, direction.H), direction.dtype)
                 again = steps._replace(out=np.empty_like(steps.out))

@@ -27,7 +27,7 @@ from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 
-__all__ = ["cache_folder", "entry", "parallel_region"]
+__all__ = ["cache_folder", "entry", "parallel_region", "unique"]
 
 Description = Callable[[Any], tuple[Callable[..., Any], Any]]
 
@@ -119,13 +119,28 @@ def _save(path: Path, symbol: str, library: Any) -> None:
             os.unlink(temporary)
 
 
+_suffix = os.urandom(8).hex()
+
+
+def unique(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function that is about to be compiled a name that no kernel compiled elsewhere has.
+
+    Numba counts the functions of a process to tell them apart. Two kernels that different processes have compiled and
+    cached would bear the same symbols, and loaded side by side one would call the parts of the other.
+    """
+    function.__qualname__ += f"_{_suffix}"
+    return function
+
+
 @functools.cache
 def _entry(describe: Description, dtype: np.dtype[Any] | None) -> tuple[int, Any]:
     path = _file(f"{describe.__name__}-{dtype}")
     cached = None if path is None else _load(path)
     if cached is None:
+        global _suffix
+        _suffix = os.urandom(8).hex()
         function, signature = describe(dtype)
-        compiled = CFunc(function, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
+        compiled = CFunc(unique(function), (signature.args, signature.return_type), {}, {"error_model": "numpy"})
         compiled.compile()
         cached = compiled.native_name, compiled._library
         if path is not None:

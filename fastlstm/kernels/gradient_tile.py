@@ -133,7 +133,7 @@ def _emit_multiply(
             for to in _table(b, b.pointer(out), out_rows, row0, piece.rows):
                 for v in range(vectors):
                     (to + v * b.lanes).prefetch()
-            sums = _chain(b, depth, [first + r for r in range(piece.rows)], a_step, [base], line, vectors)
+            sums = _multiply(b, [first + r for r in range(piece.rows)], a_step, depth, [base], line, vectors)
         elif piece.lockstep:
             (row,) = _table(b, b.pointer(a), a_rows, row0, 1)
             starts = [b.ir.mul(depth, I64(part)) for part in range(GATES)]

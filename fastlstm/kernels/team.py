@@ -19,6 +19,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastlstm.kernels.compile import unique
 from fastlstm.kernels.simd import I8, I32, I64
 
 __all__ = [
@@ -199,7 +200,8 @@ def _yield_core(typingctx):
 
 def part(result, *arguments):
     """Return a decorator that compiles a part of a kernel for these types alone, and without a way in from Python."""
-    return njit(result(*arguments), error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    compiled = njit(result(*arguments), error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    return lambda function: compiled(unique(function))
 
 
 def lazy(function):

@@ -16,7 +16,7 @@ from fastlstm.kernels.compile import entry
 from fastlstm.kernels.gradient_tile import LEFT, add_kernel, cell_kernel, multiply_kernel, pack_kernel
 from fastlstm.kernels.network import KEPT_SCRATCH, Network, Sizes, Strategy, choose_strategy, deal_rows
 from fastlstm.kernels.panels import Packing, address, aligned, natural_panel
-from fastlstm.kernels.product import SERIAL_WORK
+from fastlstm.kernels.product import SERIAL_WORK, Product
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.simd import target
 from fastlstm.kernels.team import LINE
@@ -254,10 +254,10 @@ FIRST_CHANGING = list(PLAN.names or ()).index("x")
 
 
 class LinearGradients:
-    """The weight (outputs, I) of a linear layer, packed for its backward."""
+    """The weight (outputs, I) and bias of a linear layer, packed for `product` and for its backward."""
 
-    def __init__(self, weight: Array) -> None:
-        self.weight = weight
+    def __init__(self, weight: Array, bias: Array | None) -> None:
+        self.weight, self.product = weight, Product(weight, bias)
         outputs, I = weight.shape
         self._panel, _ = Packing([natural_panel(outputs, I, weight.dtype)], weight.dtype).make([weight])
         self._ramp = np.arange(len(weight), dtype=np.int64) * weight.shape[1]
