@@ -1,5 +1,7 @@
 """The comparison with other libraries: cases, engines, workers, reports. No speed is asserted."""
 
+import argparse
+import dataclasses
 import json
 import math
 import os
@@ -12,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastlstm import reference
+from fastlstm.bench import command, report, training
 from fastlstm.bench import compare as compare_module
-from fastlstm.bench import report
+from fastlstm.bench.answers import exact
 from fastlstm.bench.cases import (
     CASES,
+    LANGUAGE_CASES,
+    MODES,
     REGIMES,
+    LanguageCase,
     Problem,
     make_problem,
     parse_case,
@@ -25,7 +30,8 @@ from fastlstm.bench.cases import (
     select,
 )
 from fastlstm.bench.compare import TOLERANCES, Worker, WorkerError, compare, geometric_means
-from fastlstm.bench.engines import ENGINES, Outputs, Timing, time_calls
+from fastlstm.bench.engines import ENGINES, Timing, time_calls
+from fastlstm.bench.worker import Memory
 
 ROOT = Path(__file__).resolve().parents[1]
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="workers are stopped on Linux only")
@@ -66,6 +72,50 @@ def test_uniform_lengths_are_within_bounds_and_count_in_flops():
     assert problem.flops == problem.case.flops(int(problem.lengths.sum()))
 
 
+def test_training_problem_adds_state_and_cotangents_to_the_same_numbers():
+    case = parse_case("3,5,2,2,7,11")
+    infer, train = (make_problem(case, np.float64, "uniform", mode) for mode in MODES)
+    assert [infer.mode, train.mode] == list(MODES)
+    assert np.array_equal(infer.x, train.x)
+    assert np.array_equal(infer.lengths, train.lengths)
+    assert [array.shape for array in train.state] == [(4, 7, 5)] * 2
+    assert [array.shape for array in train.cotangents] == [(11, 7, 10), (4, 7, 5), (4, 7, 5)]
+    assert train.flops == 3 * infer.flops
+    step = make_problem(parse_case("3,5,1,1,2,1"), mode="train")
+    assert not step.streamed
+    assert step.x.shape == (1, 2, 3)
+
+
+def test_language_model_counts_its_linear_layer_and_has_no_lengths():
+    case = LanguageCase("lm", "language", 3, 5, 2, 1, 7, 11, V=13)
+    problem = make_problem(case)
+    assert problem.flops == 3 * (parse_case("3,5,2,1,7,11").flops() + 2 * 5 * 13 * 7 * 11)
+    assert np.array_equal(problem.x[1:], problem.targets[:-1])
+    assert problem.dtype == "float32"
+    with pytest.raises(ValueError, match="lm has no lengths"):
+        make_problem(case, lengths="uniform")
+
+
+def test_exact_language_model_has_the_slope_of_its_loss():
+    problem = make_problem(LanguageCase("lm", "language", 3, 4, 2, 1, 2, 3, V=5), np.float64)
+    results, rng = exact(problem), np.random.default_rng(0)
+    direction = {name: rng.standard_normal(array.shape) for name, array in problem.weights.items()}
+    losses = []
+    for step in (1e-5, -1e-5):
+        weights = {name: array + step * direction[name] for name, array in problem.weights.items()}
+        losses.append(exact(dataclasses.replace(problem, weights=weights))["loss"])
+    slope = sum(np.vdot(results[f"d_{name}"], array) for name, array in direction.items())
+    # a central difference: off by 1e-10 of a third derivative, and by 1e-16 / 1e-5 of rounding
+    assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(slope, rel=1e-8)
+
+
+def test_cases_need_nothing_but_numpy():
+    script = "import runpy, sys; runpy.run_path(sys.argv[1]); assert 'fastlstm' not in sys.modules"
+    subprocess.run(
+        [sys.executable, "-c", script, ROOT / "fastlstm" / "bench" / "cases.py"], check=True, cwd=ROOT.anchor
+    )
+
+
 @pytest.mark.parametrize("text", ["", "1,2,3", "1,2,3,a,5,6", "1,2,1,1,1,1,1", "0,2,1,1,1,1", "1,2,1,3,1,1"])
 def test_bad_shape_is_refused(text):
     with pytest.raises(ValueError, match="I,H,L,D,N,T"):
@@ -77,6 +127,10 @@ def test_select_by_regime_and_name():
     assert select(["mid", "latency", "throughput"]) == select(["all"]) == list(CASES)
     with pytest.raises(ValueError, match="no regime 'fast'"):
         select(["fast"])
+    assert select(["all"], mode="train") == [*CASES, *LANGUAGE_CASES]
+    assert select(names=["lm128"], mode="train") == select(["language"], mode="train")[:1]
+    with pytest.raises(ValueError, match="no case 'lm128'"):
+        select(names=["lm128"])
     with pytest.raises(ValueError, match="no case 'b513'"):
         select(names=["b513"])
 
@@ -104,27 +158,25 @@ def test_problems_of_model_takes_the_lstm_layers():
 # The engines
 
 
-def expected_of(problem):
-    weights = {name: array.astype(np.float64) for name, array in problem.weights.items()}
-    result = reference.forward(weights, problem.x.astype(np.float64), lengths=problem.lengths)
-    return Outputs(result.output, *result.state)
-
-
-def engine_class(name):
-    if not ENGINES[name].available():
+def engine_class(name, engines=ENGINES):
+    if not engines[name].available():
         pytest.skip(f"{name} is not installed")
-    return ENGINES[name]
+    return engines[name]
 
 
 def assert_all_forms_agree(engine, problem):
     assert engine.forms
-    expected = expected_of(problem)
+    expected = exact(problem)
+    # A few steps of rounding, far below what a wrong gate order, direction or state would give.
+    tolerance = 2e-6 if problem.dtype == "float32" else 1e-13
     for form in engine.forms:
         for _ in range(2):  # timing must leave nothing behind that changes the next result
-            for got, wanted in zip(engine.run(form, problem.x), expected, strict=True):
-                assert got.shape == wanted.shape
-                # A few steps of rounding, far below what a wrong gate order, direction or state would give.
-                np.testing.assert_allclose(got, wanted, atol=2e-6 if problem.dtype == "float32" else 1e-13)
+            results = engine.run(form, problem.x)
+            assert results.keys() == expected.keys()
+            for name, wanted in expected.items():
+                assert results[name].shape == wanted.shape
+                limit = tolerance * max(1, np.abs(wanted).max())
+                np.testing.assert_allclose(results[name], wanted, rtol=0, atol=limit, err_msg=name)
             assert engine.time(form, 0).calls >= 2
 
 
@@ -183,6 +235,76 @@ def test_engine_with_projection_agrees_or_says_that_it_cannot(name, shape):
         assert_all_forms_agree(engine(problem, 1), problem)
 
 
+# Training
+
+
+def without(problem, prefix):
+    weights = {name: array for name, array in problem.weights.items() if not name.startswith(prefix)}
+    return dataclasses.replace(problem, weights=weights)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("lengths", ["full", "uniform"])
+@pytest.mark.parametrize("shape", ["5,7,1,1,3,6", "5,7,2,2,3,6", "3,8,3,1,1,4", "5,7,2,1,3,1"])
+@pytest.mark.parametrize("name", training.ENGINES)
+def test_every_gradient_agrees_with_reference(name, shape, lengths, threads):
+    problem = make_problem(parse_case(shape), lengths=lengths, mode="train")
+    assert_all_forms_agree(engine_class(name, training.ENGINES)(problem, threads), problem)
+
+
+@pytest.mark.parametrize("name", training.ENGINES)
+def test_every_gradient_agrees_in_float64_and_without_bias(name):
+    problem = without(make_problem(parse_case("5,7,2,2,3,6"), np.float64, "uniform", "train"), "bias")
+    assert_all_forms_agree(engine_class(name, training.ENGINES)(problem, 1), problem)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("name", training.ENGINES)
+def test_every_gradient_agrees_with_projection(name):
+    case, rng = parse_case("5,7,1,1,3,6"), np.random.default_rng(3)
+    problem = make_problem(case, mode="train")
+    weights = dict(problem.weights)
+    weights["weight_hh_l0"] = np.ascontiguousarray(weights["weight_hh_l0"][:, :4])
+    weights["weight_hr_l0"] = rng.uniform(-0.5, 0.5, (4, 7)).astype(np.float32)
+    h_0, d_output, d_h_n = (rng.standard_normal((rows, 3, 4)).astype(np.float32) for rows in (1, 6, 1))
+    state, cotangents = (h_0, problem.state[1]), (d_output, d_h_n, problem.cotangents[2])
+    problem = Problem(case, weights, problem.x, None, state, cotangents)
+    assert_all_forms_agree(engine_class(name, training.ENGINES)(problem, 1), problem)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["fastlstm", "torch"])
+def test_step_of_a_language_model_agrees_with_reference(name, dtype):
+    pytest.importorskip("torch")
+    problem = make_problem(LanguageCase("lm", "language", 6, 7, 2, 1, 3, 5, V=11), dtype)
+    engine = training.ENGINES[name](problem, 2)
+    assert_all_forms_agree(engine, problem)
+    for form in engine.forms.values():
+        before = {key: value.clone() for key, value in form._model.state_dict().items()}
+        form.call()
+        assert all((value != before[key]).any() for key, value in form._model.state_dict().items())
+
+
+def test_language_model_is_accelerated():
+    pytest.importorskip("torch")
+    import fastlstm.torch
+
+    problem = make_problem(LanguageCase("lm", "language", 6, 7, 2, 1, 3, 5, V=11))
+    (form,) = training.ENGINES["fastlstm"](problem, 1).forms.values()
+    assert isinstance(form._model["lstm"], fastlstm.torch.LSTM)
+    assert not isinstance(training._language_model(problem)["lstm"], fastlstm.torch.LSTM)
+
+
+def test_timed_training_call_of_fastlstm_packs_the_weights_again():
+    problem = make_problem(parse_case("5,7,1,1,3,6"), mode="train")
+    (form,) = training.ENGINES["fastlstm"](problem, 1).forms.values()
+    form.feed(problem.x)
+    for _ in range(2):
+        before = form._lstm._params  # packed weights are known by its identity
+        form.call()
+        assert form._lstm._params is not before
+
+
 def test_time_calls_counts_and_orders():
     calls = []
     timing = time_calls(lambda: calls.append(None), 0.001)
@@ -220,10 +342,12 @@ class Chatty(NumPy):
         return super().run(form, x)
 
 class Wrong(NumPy):
+    wrong = "c_n"
+
     def run(self, form, x):
-        outputs = super().run(form, x)
-        outputs.c_n[0, 0, 0] += 1e-3
-        return outputs
+        results = super().run(form, x)
+        results[self.wrong].flat[0] += 1e-3
+        return results
 
     def time(self, form, seconds):
         open(os.environ["BENCH_TIMED"], "w").close()
@@ -231,13 +355,20 @@ class Wrong(NumPy):
 
 class NotANumber(Wrong):
     def run(self, form, x):
-        outputs = NumPy.run(self, form, x)
-        outputs.output[0, 0, 0] = float("nan")
-        return outputs
+        results = NumPy.run(self, form, x)
+        results["output"][0, 0, 0] = float("nan")
+        return results
 
 class WrongShape(Wrong):
     def run(self, form, x):
-        return NumPy.run(self, form, x)._replace(output=x[:0])
+        return NumPy.run(self, form, x) | {"output": x[:0]}
+
+class Incomplete(Wrong):
+    def run(self, form, x):
+        return {"output": NumPy.run(self, form, x)["output"]}
+
+class WrongGradient(Wrong):
+    wrong = "d_weight_hh_l0"
 """
 
 
@@ -272,13 +403,23 @@ def test_engine_that_fails_is_reported_and_the_others_are_timed(our_own, engine,
     json.dumps(result)
 
 
-@pytest.mark.parametrize("engine", ["Wrong", "NotANumber", "WrongShape"])
-def test_wrong_engine_is_refused_before_timing(our_own, engine, tmp_path):
+@pytest.mark.parametrize(
+    ("engine", "what", "mode"),
+    [
+        ("Wrong", "c_n", "infer"),
+        ("NotANumber", "output", "infer"),
+        ("WrongShape", "output", "infer"),
+        ("Incomplete", "set of results", "infer"),
+        ("WrongGradient", "d_weight_hh_l0", "train"),
+    ],
+)
+def test_wrong_engine_is_refused_before_timing(our_own, engine, what, mode, tmp_path):
     name = f"misbehaving:{engine}"
-    result = compare([our_own], engines=[name, "misbehaving:Chatty"], rounds=1, seconds=0)
+    problem = make_problem(our_own.case, mode=mode)
+    result = compare([problem], engines=[name, "misbehaving:Chatty"], rounds=1, seconds=0)
     engines = result["results"][0]["engines"]
     assert engines[name].keys() == {"reason"}
-    assert "differs from the reference" in engines[name]["reason"]
+    assert f"wrong: its {what} differs from the reference" in engines[name]["reason"]
     assert engines["misbehaving:Chatty"]["median"] > 0
     assert not (tmp_path / "timed").exists()
 
@@ -361,6 +502,23 @@ def test_worker_gets_its_number_of_threads():
         assert f"{library}_NUM_THREADS=3".encode() in environment
 
 
+@on_linux
+def test_memory_is_that_of_the_calls():
+    problem = make_problem(parse_case("8,256,1,1,64,100"), mode="train")
+    results = exact(problem)
+    needed = sum(array.nbytes for array in results.values()) / 2  # of float32
+    worker = Worker("numpy", 1, 60, "train")
+    try:
+        worker.ask("version")
+        peak, calls = worker.ask("memory", problem, 1, "reference")
+    finally:
+        worker.close()
+    # Beside its results the reference saves 8 numbers per hidden unit and step and needs 4 for the gradients of z.
+    saved = 12 * 4 * 256 * 64 * 100
+    assert needed + saved < calls < 3 * (needed + saved)
+    assert calls < peak < 1 << 30
+
+
 # The comparison
 
 
@@ -370,7 +528,7 @@ class ScriptedCrew:
     requests: list
     wrong: set
 
-    def __init__(self, threads, timeout):
+    def __init__(self, threads, timeout, mode):
         self.versions = {}
         self._problem = None
 
@@ -386,12 +544,18 @@ class ScriptedCrew:
             self._problem = arguments[0]
             return ["slow", "quick"] if engine == "torch" else ["only"]
         if request == "run":
-            outputs = expected_of(self._problem)
-            return outputs._replace(h_n=outputs.h_n + (0.1 if engine in self.wrong else 0))
+            results = exact(self._problem)
+            return results | {"h_n": results["h_n"] + (0.1 if engine in self.wrong else 0)}
         if request == "time":
             seconds = 9.0 if arguments[0] == "slow" else {"fastlstm": 0.5, "torch": 0.75}.get(engine, 1.0)
             return Timing(seconds, seconds, 10)
         return 2e-9 * self._problem.flops
+
+    def ask_afresh(self, engine, request, *arguments):
+        self.requests.append((engine, request))
+        if engine == "numpy":
+            raise WorkerError("no room")
+        return Memory({"fastlstm": 200_000_000, "torch": 300_000_000}[engine], 12_345_678)
 
 
 @pytest.fixture
@@ -399,7 +563,7 @@ def crew(monkeypatch):
     monkeypatch.setattr(compare_module, "_Crew", ScriptedCrew)
     monkeypatch.setattr(ScriptedCrew, "requests", [], raising=False)
     monkeypatch.setattr(ScriptedCrew, "wrong", set(), raising=False)
-    monkeypatch.setattr(compare_module, "_choose", lambda names: {name: ENGINES[name] for name in names})
+    monkeypatch.setattr(compare_module, "_choose", lambda names, mode: {name: ENGINES[name] for name in names})
     return ScriptedCrew
 
 
@@ -450,7 +614,6 @@ def test_geometric_means_leave_out_what_has_no_ratio():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "dream"}, "`mode`"),
         ({"rounds": 0}, "at least one"),
         ({"threads": []}, "at least one"),
         ({"threads": [0]}, "at least one"),
@@ -460,6 +623,32 @@ def test_geometric_means_leave_out_what_has_no_ratio():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         compare([make_problem(parse_case("2,3,1,1,2,4"))], **{"engines": ["numpy"], **options})
+
+
+def test_inference_and_training_are_not_mixed():
+    problems = [make_problem(parse_case("2,3,1,1,2,4"), mode=mode) for mode in MODES]
+    with pytest.raises(ValueError, match="all for inference or all for training"):
+        compare(problems, engines=["numpy"])
+
+
+def test_engines_that_cannot_train_are_not_asked_to():
+    with pytest.raises(ValueError, match="no engine 'openvino'; there are fastlstm, torch, numpy"):
+        compare([make_problem(parse_case("2,3,1,1,2,4"), mode="train")], engines=["openvino"])
+
+
+def test_memory_is_measured_for_the_cases_named(crew):
+    problems = [make_problem(case, mode="train") for case in select(names=["short", "vowels"])]
+    crew.wrong = {"torch"}
+    result = compare(problems, engines=["fastlstm", "torch", "numpy"], rounds=1, memory=["vowels"])
+    short, vowels = (entry["engines"] for entry in result["results"])
+    assert "memory" not in short["fastlstm"]
+    assert vowels["fastlstm"]["memory"] == {"peak": 200_000_000, "calls": 12_345_678}
+    assert vowels["numpy"]["memory"] == {"reason": "no room"}
+    assert ("torch", "memory") not in crew.requests  # which was wrong
+    assert result["mode"] == "train"
+    text = report.terminal(json.loads(json.dumps(result)))
+    assert "fastlstm 12.3 MB (process 200 MB), NumPy no room." in text
+    assert "training, forward and backward; float32" in text
 
 
 # The reports
@@ -507,17 +696,24 @@ def test_markdown_tables_are_well_formed(result):
     assert row == "| short | 8, 32, 1, 1, 1, 100 | **500 ms** | 750 ms | – | 1.00 s | 1.50 | 100% |"
 
 
-def test_readme_gets_the_tables_between_its_marks(result, tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n", encoding="utf-8")
+START, END = report.MARKS["infer"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_readme_gets_the_tables_between_the_marks_of_the_mode(result, tmp_path, mode):
+    path, result["mode"] = tmp_path / "README.md", mode
+    sections = {of: f"{start}\nold\n{end}\n" for of, (start, end) in report.MARKS.items()}
+    path.write_text(f"before\n{''.join(sections.values())}after\n", encoding="utf-8")
     report.write_readme(result, path)
     once = path.read_text(encoding="utf-8")
-    assert once == f"before\n{report.START}\n\n{report.markdown(result)}\n\n{report.END}\nafter\n"
+    start, end = report.MARKS[mode]
+    sections[mode] = f"{start}\n\n{report.markdown(result)}\n\n{end}\n"
+    assert once == f"before\n{''.join(sections.values())}after\n"
     report.write_readme(result, path)
     assert path.read_text(encoding="utf-8") == once
 
 
-@pytest.mark.parametrize("text", ["", report.START, f"{report.END}{report.START}", (report.START + report.END) * 2])
+@pytest.mark.parametrize("text", ["", START, f"{END}{START}", (START + END) * 2])
 def test_readme_without_marks_is_left_alone(result, tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text, encoding="utf-8")
@@ -557,10 +753,46 @@ def test_peers_runs_writes_json_and_reports_from_it(tmp_path):
     assert again.stdout == done.stdout
 
 
+def test_peers_trains(tmp_path):
+    path = tmp_path / "out.json"
+    options = ("--mode", "train", "--engines", "numpy", "--threads", "1", "--rounds", "1", "--lengths", "uniform")
+    done = run_peers(*options, "--cases", "vowels", "--memory", "vowels", "--json", path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert result["mode"] == "train"
+    assert result["lengths"] == "uniform"
+    (entry,) = result["results"]
+    assert entry["flops"] == 3 * entry["valid_steps"] * parse_case("12,64,1,1,1,1").flops()
+    assert "memory" in entry["engines"]["numpy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ([], [case.name for case in CASES]),
+        (["--mode", "train"], [case.name for case in (*CASES, *LANGUAGE_CASES)]),
+        (["--mode", "train", "--lengths", "uniform"], [case.name for case in CASES]),
+        (["--mode", "train", "--shape", "1,2,1,1,3,4"], ["I1-H2-L1-D1-N3-T4"]),
+        (
+            ["--mode", "train", "--shape", "1,2,1,1,3,4", "--regime", "language"],
+            ["lm128", "lm10k", "I1-H2-L1-D1-N3-T4"],
+        ),
+    ],
+)
+def test_options_say_what_is_run(options, names, monkeypatch):
+    monkeypatch.setattr(command, "make_problem", lambda case, *rest: case.name)
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    assert command._problems(parser.parse_args(options)) == names
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ("--cases", "b513"),
+        ("--cases", "lm128"),
+        ("--mode", "train", "--cases", "lm128", "--lengths", "uniform"),
+        ("--mode", "train", "--memory", "b513"),
         ("--regime", "fast"),
         ("--threads", "none"),
         ("--threads", "0"),

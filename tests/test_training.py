@@ -37,9 +37,7 @@ SEVERAL_CHUNKS = Case(T=53, N=13, I=3, H=21, P=6, lengths=True, reset=True)  # 1
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     """Compile before any test changes what NumPy does."""
-    for dtype in BOTH:
-        tape = LSTM(2, 3, proj_size=1, dtype=dtype).record(np.ones((2, 1, 2), dtype))
-        tape.backward(tape.output)
+    fastlstm.warmup(("float32", "float64"), training=True)
 
 
 # Problems, and the gradients that they should have
@@ -368,10 +366,7 @@ def test_a_gradient_that_is_none_is_zeros(case: Case, absent: str) -> None:
     assert_same_gradients(training.gradients(), gradients)
 
 
-def rows_of_two_chunks(case: Any) -> int:
-    """Return steps enough for two chunks of the backward and few enough for the complex step, at a benchmark size."""
-    rows = 600 if case.H >= 512 else 1200
-    return min(case.T, max(2, -(-rows // case.N)))
+ROWS_OF_TWO_CHUNKS = 600  # what the complex step of a large size takes more than a second for
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
@@ -381,7 +376,8 @@ def test_dot_product_at_every_benchmark_size(name: str) -> None:
     Each gradient's error is a random direction of its own, so that v sees about its norm.
     """
     size = next(case for case in CASES if case.name == name)
-    case = Case(rows_of_two_chunks(size), size.N, size.I, size.H, size.L, size.D)
+    T = min(size.T, max(2, -(-ROWS_OF_TWO_CHUNKS // size.N)))
+    case = Case(T, size.N, size.I, size.H, size.L, size.D)
     training = draw_training(case)
     problem, rng = training.problem, np.random.default_rng(0)
     given = {"x": problem.x, "h_0": problem.state[0], "c_0": problem.state[1], **problem.layer.state_dict()}
@@ -538,7 +534,7 @@ def test_checkpoints_change_no_bit(case: Case) -> None:
     expected_tape = training.record()
     expected = training.backward(expected_tape)
     assert_gradients(expected, training.exact(np.float64), limit_of(case))
-    for every in (1, 2, 19, 20, 37, 38, case.T - 1, case.T, case.T + 1, 10**30 // 3**40):
+    for every in (1, 19, 20, 38, case.T - 1, case.T, 2**62):
         with poisoned():
             tape = training.record(checkpoint_every=np.int64(every))
             gradients = training.backward(tape)
@@ -612,7 +608,7 @@ def test_whatever_the_call_before_left_behind(case: Case) -> None:
     training = draw_training(case)
     expected = training.gradients()
     poison = replace(training, problem=replace(training.problem, x=np.full_like(training.problem.x, np.nan)))
-    for how in [None, *ROWS, *UNITS]:
+    for how in [None, *ROWS[3:], *UNITS[::2]]:
         with shared_out(*how) if how else nullcontext():
             assert np.isnan(poison.gradients()["weight_hh_l0"]).any()
             assert_same_gradients(training.gradients(), expected)
@@ -667,7 +663,7 @@ def changed_weights(layer: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("every", [None, 1])
 @pytest.mark.parametrize("how", ["load_state_dict", "assignment"])
 @pytest.mark.parametrize(
-    "case", grid(replace(SEVERAL_CHUNKS, L=2, D=2), layout=("TNI", "NTI"), P=(0, 6), dtype=BOTH), **by_name
+    "case", grid(replace(SEVERAL_CHUNKS, T=39, L=2, D=2), layout=("TNI", "NTI"), P=(0, 6)), **by_name
 )
 def test_the_tape_answers_for_the_call_it_recorded(case: Case, how: str, every: int | None) -> None:
     """Whatever becomes of weights, input, states, lengths and resets afterwards."""
@@ -906,7 +902,7 @@ def test_dropout_follows_its_generator() -> None:
 def test_dropout_keeps_the_mean() -> None:
     """Over many masks the input of the second layer is on average what it is without dropout.
 
-    The second layer is made linear: all its gates are open and its cell's input is small.  The mean of its output over
+    The second layer is made linear: all its gates are open and its cell's input is small.  Its output's mean over
     40,000 elements must lie within five deviations.
     """
     layer = LSTM(2, 20, 2, dropout=0.25, dtype=np.float64, rng=0)
@@ -1513,8 +1509,8 @@ SLACK = 60_000  # bytes: Python objects, and what dropout keeps in bits
 @pytest.mark.parametrize(
     "case",
     [
-        *grid(Case(T=1000, N=8, I=4, H=32, state=False), L=(1, 3), D=(1, 2), P=(0, 8)),
-        *grid(Case(T=1000, N=8, I=4, H=32, state=False, lengths=True, reset=True), L=(1, 2)),
+        *grid(Case(T=400, N=16, I=4, H=32, state=False), L=(1, 3), D=(1, 2), P=(0, 8)),
+        *grid(Case(T=400, N=16, I=4, H=32, state=False, lengths=True, reset=True), L=(1, 2)),
     ],
     **by_name,
 )
@@ -1568,7 +1564,7 @@ def test_checkpoints_take_a_fraction_of_the_memory() -> None:
 
 def test_nothing_leaks() -> None:
     """200 recorded calls and their gradients, errors among them; 1 KB a call would be seen."""
-    training = draw_training(replace(FULL, T=20), dropout=0.5)
+    training = draw_training(FULL, dropout=0.5)
     model, x, state, d_output, d_state = draw_network("lstm-linear-lstm-linear", np.float32)
     kept = []
 
@@ -1589,7 +1585,7 @@ def test_nothing_leaks() -> None:
 
     tracemalloc.start()
     try:
-        start = work(200)  # Python's own stores of small objects fill up
+        start = work(100)  # Python's own stores of small objects fill up
         grown = work(200) - start
         leaked = work(200, leak=1024) - start
     finally:
@@ -1609,7 +1605,6 @@ def test_a_tape_is_given_back_at_once() -> None:
             training.gradients(checkpoint_every=50)
             run_network(model, "TNI", (x, state, None, None, d_output, d_state))
 
-    work()  # what is kept for calls like these is there from now on
     gc.disable()
     try:
         _, kept, peak = traced(work)
@@ -1699,7 +1694,7 @@ import numba
 barrier = threading.Barrier(8)
 def work(_):
     barrier.wait()
-    return all([same(checkpoint_every=every) for every in (None, 1) * 5])
+    return all([same(checkpoint_every=every) for every in (None, 1) * 3])
 for shares, groups in ((1, 3), (2, 1)):
     parallel(shares=shares, groups=groups)
     regions.clear()
@@ -1793,7 +1788,6 @@ print(*compiled)
         assert compiled
         digests.append(digest)
     assert run_python(code, "float32", "float64", **variables).split() == digests
-    assert run_python(code, "float64", "float32", **variables).split() == digests[::-1]
 
 
 @pytest.mark.parametrize("cpu", ["haswell", "generic"])

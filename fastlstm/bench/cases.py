@@ -1,12 +1,13 @@
 """The one table of measured sizes, and the weights and input that go with each.
 
-Everything that measures (the comparison with other libraries, asv, pytest-benchmark) takes its sizes from `CASES`.
+Everything that measures (the comparison with other libraries, asv, pytest-benchmark) takes its sizes from `CASES`. It
+imports NumPy alone: asv loads this very file to measure versions that have another one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +15,14 @@ import numpy.typing as npt
 
 __all__ = [
     "CASES",
+    "LANGUAGE_CASES",
+    "MODES",
     "REGIMES",
     "Case",
+    "LanguageCase",
+    "LanguageProblem",
     "Lengths",
+    "Mode",
     "Problem",
     "make_problem",
     "parse_case",
@@ -26,7 +32,9 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 Lengths = Literal["full", "uniform"]
+Mode = Literal["infer", "train"]
 
+MODES: tuple[Mode, ...] = ("infer", "train")
 REGIMES = ("latency", "mid", "throughput")
 
 # A streamed case is checked over this many steps, so that an engine that loses the state between steps is found out.
@@ -76,7 +84,7 @@ class Case:
 
     @property
     def streamed(self) -> bool:
-        """Whether what is timed is one step of a stream, its state carried from call to call (T = 1, D = 1)."""
+        """Whether what is timed at inference is one step of a stream, its state carried along (T = 1, D = 1)."""
         return self.T == 1 and self.D == 1
 
     def flops(self, steps: int | None = None, proj_size: int = 0) -> int:
@@ -126,7 +134,40 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def select(regimes: Sequence[str] = ("all",), names: Sequence[str] = ()) -> list[Case]:
+@dataclass(frozen=True)
+class LanguageCase(Case):
+    """A language model whose whole training step is measured, inside PyTorch.
+
+    An embedding (V, I), the LSTM, and a linear layer (V, H) under softmax and cross entropy.
+
+    Parameters
+    ----------
+    V : int
+        Size of the vocabulary.
+    """
+
+    V: int = 10_000
+
+    def flops(self, steps: int | None = None, proj_size: int = 0) -> int:
+        """Count the floating-point operations of a forward pass, those of the linear layer among them.
+
+        Examples
+        --------
+        >>> LANGUAGE_CASES[0].flops() - Case("lstm", "extra", 256, 256, 2, 1, 32, 64).flops() == 2 * 256 * 128 * 2048
+        True
+        """
+        rows = self.N * self.T if steps is None else steps
+        return super().flops(steps, proj_size) + 2 * (proj_size or self.H) * self.V * rows
+
+
+LANGUAGE_CASES: tuple[LanguageCase, ...] = (
+    LanguageCase("lm128", "language", 256, 256, 2, 1, 32, 64, V=128),  # characters
+    LanguageCase("lm10k", "language", 256, 256, 2, 1, 32, 64, V=10_000),  # the words of the Penn Treebank
+)
+"""Measured in the mode `train` alone."""
+
+
+def select(regimes: Sequence[str] = ("all",), names: Sequence[str] = (), mode: Mode = "infer") -> list[Case]:
     """Pick cases from the table, in its order.
 
     Parameters
@@ -135,6 +176,8 @@ def select(regimes: Sequence[str] = ("all",), names: Sequence[str] = ()) -> list
         Regimes to take, or ``all``.
     names : sequence of str
         Cases to take, whatever their regime; where there are any, `regimes` is not looked at.
+    mode : {"infer", "train"}
+        Training adds the `LANGUAGE_CASES`.
 
     Returns
     -------
@@ -150,11 +193,12 @@ def select(regimes: Sequence[str] = ("all",), names: Sequence[str] = ()) -> list
     >>> [case.name for case in select(names=["vowels", "rl"])]
     ['rl', 'vowels']
     """
+    cases = (*CASES, *LANGUAGE_CASES) if mode == "train" else CASES
     if names:
-        _refuse_unknown("case", names, [case.name for case in CASES])
-        return [case for case in CASES if case.name in names]
-    _refuse_unknown("regime", regimes, [*REGIMES, "all"])
-    return [case for case in CASES if "all" in regimes or case.regime in regimes]
+        _refuse_unknown("case", names, [case.name for case in cases])
+        return [case for case in cases if case.name in names]
+    _refuse_unknown("regime", regimes, [*dict.fromkeys(case.regime for case in cases), "all"])
+    return [case for case in cases if "all" in regimes or case.regime in regimes]
 
 
 def _refuse_unknown(kind: str, given: Sequence[str], known: Sequence[str]) -> None:
@@ -188,7 +232,7 @@ def parse_case(text: str) -> Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """What every engine is given: weights, input and lengths.
+    """What every engine is given: weights, input and lengths, and for training a state and the gradients to begin with.
 
     Parameters
     ----------
@@ -197,20 +241,36 @@ class Problem:
     weights : dict of str to numpy.ndarray
         Named and shaped as in ``torch.nn.LSTM``; without the bias or with the projection where the model is so.
     x : numpy.ndarray
-        (T, N, I); for a streamed case a few steps, of which the first is the one that is timed.
+        (T, N, I); for a streamed problem a few steps, of which the first is the one that is timed.
     lengths : numpy.ndarray or None
         (N,) valid steps of each row; None where every step is valid.
+    state : pair of numpy.ndarray or None
+        `h_0` (L*D, N, P) and `c_0` (L*D, N, H) of a training problem; None is zeros.
+    cotangents : three numpy.ndarray or None
+        Of a training problem, gradients with respect to `output` (T, N, D*P), `h_n` (L*D, N, P), `c_n` (L*D, N, H).
     """
 
     case: Case
     weights: dict[str, Array]
     x: Array
     lengths: Array | None = None
+    state: tuple[Array, Array] | None = None
+    cotangents: tuple[Array, Array, Array] | None = None
+
+    @property
+    def mode(self) -> Mode:
+        """Whether the outputs are wanted, or all gradients too."""
+        return "infer" if self.cotangents is None else "train"
+
+    @property
+    def streamed(self) -> bool:
+        """Whether what is timed is one step of a stream, its state carried from call to call."""
+        return self.case.streamed and self.mode == "infer"
 
     @property
     def dtype(self) -> str:
         """``float32`` or ``float64``."""
-        return str(self.x.dtype)
+        return str(next(iter(self.weights.values())).dtype)
 
     @property
     def bias(self) -> bool:
@@ -224,12 +284,33 @@ class Problem:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of one timed call."""
+        """Floating-point operations of one timed call: a backward pass has two products for one of the forward pass."""
         steps = None if self.lengths is None else int(self.lengths.sum())
-        return self.case.flops(steps, self.proj_size)
+        return self.case.flops(steps, self.proj_size) * (1 if self.mode == "infer" else 3)
 
 
-def make_problem(case: Case, dtype: npt.DTypeLike = np.float32, lengths: Lengths = "full") -> Problem:
+@dataclass(frozen=True)
+class LanguageProblem(Problem):
+    """A training step of a language model: `x` holds tokens (T, N), and the weights are those of all its layers.
+
+    Parameters
+    ----------
+    targets : numpy.ndarray
+        (T, N) the token after each.
+    """
+
+    case: LanguageCase
+    targets: Array = field(kw_only=True)
+
+    @property
+    def mode(self) -> Mode:
+        """Training."""
+        return "train"
+
+
+def make_problem(
+    case: Case, dtype: npt.DTypeLike = np.float32, lengths: Lengths = "full", mode: Mode = "infer"
+) -> Problem:
     """Draw the weights and the input of a case, the same ones every time.
 
     Parameters
@@ -240,11 +321,19 @@ def make_problem(case: Case, dtype: npt.DTypeLike = np.float32, lengths: Lengths
         float32 or float64; both get the same numbers up to rounding.
     lengths : {"full", "uniform"}
         ``uniform`` draws the length of each row evenly from 1..T.
+    mode : {"infer", "train"}
+        Whether gradients are wanted.
 
     Returns
     -------
     Problem
-        Weights drawn evenly from +-1/sqrt(H), as ``torch.nn.LSTM`` does; input from the standard normal distribution.
+        Weights drawn evenly from +-1/sqrt(H), as ``torch.nn.LSTM`` does; input, and what training adds to it, from the
+        standard normal distribution.
+
+    Raises
+    ------
+    ValueError
+        If a language model is to have lengths.
 
     Examples
     --------
@@ -265,18 +354,36 @@ def make_problem(case: Case, dtype: npt.DTypeLike = np.float32, lengths: Lengths
                 "bias_hh": (4 * case.H,),
             }.items():
                 weights[f"{name}_l{layer}{direction}"] = rng.uniform(-bound, bound, shape).astype(dtype)
-    return _with_input(case, weights, rng, lengths)
+    if not isinstance(case, LanguageCase):
+        return _with_input(case, weights, rng, lengths, mode)
+    if lengths != "full":
+        raise ValueError(f"{case.name} has no lengths: its sequences are full")
+    weights = {
+        "embedding.weight": rng.standard_normal((case.V, case.I)).astype(dtype),
+        **{f"lstm.{name}": array for name, array in weights.items()},
+        "linear.weight": rng.uniform(-bound, bound, (case.V, case.H)).astype(dtype),
+        "linear.bias": rng.uniform(-bound, bound, case.V).astype(dtype),
+    }
+    tokens = rng.integers(0, case.V, (case.T + 1, case.N))
+    return LanguageProblem(case, weights, tokens[:-1].copy(), targets=tokens[1:].copy())
 
 
-def _with_input(case: Case, weights: Mapping[str, Array], rng: np.random.Generator, lengths: Lengths) -> Problem:
-    steps = STREAM_STEPS if case.streamed else case.T
+def _with_input(
+    case: Case, weights: Mapping[str, Array], rng: np.random.Generator, lengths: Lengths, mode: Mode
+) -> Problem:
+    streamed = case.streamed and mode == "infer"
     dtype = weights["weight_ih_l0"].dtype
-    x = rng.standard_normal((steps, case.N, case.I)).astype(dtype)
-    drawn = rng.integers(1, case.T + 1, case.N) if lengths == "uniform" and not case.streamed else None
-    return Problem(case, dict(weights), x, drawn)
+    x = rng.standard_normal((STREAM_STEPS if streamed else case.T, case.N, case.I)).astype(dtype)
+    drawn = rng.integers(1, case.T + 1, case.N) if lengths == "uniform" and not streamed else None
+    if mode == "infer":
+        return Problem(case, dict(weights), x, drawn)
+    P, rows = weights["weight_hh_l0"].shape[1], (case.L * case.D, case.N)
+    shapes = [(*rows, P), (*rows, case.H), (case.T, case.N, case.D * P), (*rows, P), (*rows, case.H)]
+    h_0, c_0, d_output, d_h_n, d_c_n = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+    return Problem(case, dict(weights), x, drawn, (h_0, c_0), (d_output, d_h_n, d_c_n))
 
 
-def problems_of_model(model: Any, N: int, T: int, lengths: Lengths = "full") -> list[Problem]:
+def problems_of_model(model: Any, N: int, T: int, lengths: Lengths = "full", mode: Mode = "infer") -> list[Problem]:
     """Make a problem of each LSTM layer of a model: its own weights, random input.
 
     Parameters
@@ -286,6 +393,8 @@ def problems_of_model(model: Any, N: int, T: int, lengths: Lengths = "full") -> 
     N, T : int
         Batch and steps.
     lengths : {"full", "uniform"}
+        As for `make_problem`.
+    mode : {"infer", "train"}
         As for `make_problem`.
 
     Returns
@@ -316,7 +425,7 @@ def problems_of_model(model: Any, N: int, T: int, lengths: Lengths = "full") -> 
             N=N,
             T=T,
         )
-        problems.append(_with_input(case, weights, np.random.default_rng([N, T]), lengths))
+        problems.append(_with_input(case, weights, np.random.default_rng([N, T]), lengths, mode))
     if not problems:
         raise ValueError("the model has no LSTM layer to compare")
     return problems

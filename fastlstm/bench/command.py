@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from . import report
-from .cases import REGIMES, Problem, make_problem, parse_case, problems_of_model, select
-from .compare import MODES, compare, usable_cpus
-from .engines import ENGINES
+from .cases import MODES, REGIMES, Case, LanguageCase, Problem, make_problem, parse_case, problems_of_model, select
+from .compare import compare, usable_cpus
+from .worker import ENGINES
 
 __all__ = ["add_options", "run"]
 
@@ -25,16 +25,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-N", "--batch", type=int, default=1, metavar="N", help="batch for MODEL (default 1)")
     add("-T", "--steps", type=int, default=100, metavar="T", help="steps for MODEL (default 100)")
     add("--threads", default="1,all", help="numbers of threads, `all` for the CPUs there are (default %(default)s)")
-    add("--regime", default="all", help=f"{', '.join(REGIMES)} or all (default), or several, with commas")
+    add("--regime", default="all", help=f"{', '.join(REGIMES)}, language in mode train, or all (default); with commas")
     add("--cases", default="", metavar="NAMES", help="cases of the standard table by name, with commas")
     add("--shape", action="append", default=[], metavar="I,H,L,D,N,T", help="another size; may be given again")
     add("--dtype", choices=("float32", "float64"), default="float32", help="default %(default)s")
     add("--lengths", choices=("full", "uniform"), default="full", help="uniform draws each row's from 1..T")
-    add("--engines", default="", metavar="NAMES", help=f"of {', '.join(ENGINES)} (default: those installed)")
+    add("--engines", default="", metavar="NAMES", help=f"of {', '.join(ENGINES['infer'])} (default: those installed)")
     add("--rounds", type=int, default=5, help="turns of each engine at each size (default %(default)s)")
-    add("--mode", choices=MODES, default="infer", help="what is timed (default %(default)s)")
+    add(
+        "--mode", choices=MODES, default="infer", help="train times a forward and a backward pass (default %(default)s)"
+    )
+    add(
+        "--memory", default="b512", metavar="NAMES", help="cases whose memory mode train measures (default %(default)s)"
+    )
     add("--json", type=Path, metavar="FILE", help="write the results there")
-    add("--readme", type=Path, metavar="FILE", help="put the tables between the file's bench:start and bench:end marks")
+    add(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="put the tables between the file's bench:start and bench:end marks, or bench-train:... for mode train",
+    )
     add("--chart", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)")
     add("--from-json", type=Path, metavar="FILE", help="report on these results; nothing is run")
 
@@ -69,7 +79,7 @@ def run(options: argparse.Namespace, command: str) -> int:
             threads=[_thread_count(text) for text in _names(options.threads)],
             engines=_names(options.engines) or None,
             rounds=options.rounds,
-            mode=options.mode,
+            memory=_memory_cases(options),
             command=command,
             progress=lambda line: print(line, file=sys.stderr, flush=True),
         )
@@ -99,16 +109,28 @@ def _thread_count(text: str) -> int:
     return int(text)
 
 
+def _memory_cases(options: argparse.Namespace) -> list[str]:
+    names = _names(options.memory)
+    if options.mode != "train" or not names:
+        return []
+    return [case.name for case in select(names=names, mode="train")]
+
+
 def _problems(options: argparse.Namespace) -> list[Problem]:
     if options.model is not None:
         import fastlstm
 
-        return problems_of_model(fastlstm.load(options.model), options.batch, options.steps, options.lengths)
+        model = fastlstm.load(options.model)
+        return problems_of_model(model, options.batch, options.steps, options.lengths, options.mode)
     extra = [parse_case(text) for text in options.shape]
     names = _names(options.cases)
     # Sizes given alone are run alone; with cases or regimes they come on top of these.
-    table = [] if extra and not names and options.regime == "all" else select(_names(options.regime), names)
-    return [make_problem(case, np.dtype(options.dtype), options.lengths) for case in (*table, *extra)]
+    table: list[Case] = []
+    if not extra or names or options.regime != "all":
+        table = select(_names(options.regime), names, options.mode)
+    if options.lengths != "full" and not names:
+        table = [case for case in table if not isinstance(case, LanguageCase)]  # which have none
+    return [make_problem(case, np.dtype(options.dtype), options.lengths, options.mode) for case in (*table, *extra)]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ float64, and only then are the engines that agree timed, in rounds, in an order 
 pool that waits by spinning takes time from whoever else is running, so a worker is stopped (SIGSTOP) except while it
 is being asked something; between being continued and being timed it makes a few untimed calls. The time of an engine
 is that of its fastest form: the median over the rounds of the median call. The ratio is the time of the fastest peer
-over that of fastlstm.
+over that of fastlstm. Training is compared in the same way, with every gradient checked; for some cases the memory that
+it takes is measured too, in processes that did nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -30,13 +31,12 @@ from typing import Any
 import numpy as np
 from llvmlite import binding
 
-from .. import reference
-from .cases import Array, Problem
-from .engines import ENGINES, Engine, Outputs, Timing, find_engine
-from .worker import Reply
+from .answers import Results, exact
+from .cases import Array, Mode, Problem
+from .engines import Engine, Timing
+from .worker import ENGINES, Memory, Reply, find_engine
 
 __all__ = [
-    "MODES",
     "TOLERANCES",
     "Worker",
     "WorkerError",
@@ -46,11 +46,9 @@ __all__ = [
     "usable_cpus",
 ]
 
-MODES = ("infer",)
-
 TOLERANCES = {"float32": 1e-4, "float64": 1e-10}
-"""Largest difference from the float64 reference, relative to its largest value where that is above 1, of an engine that
-is timed: far above rounding, which stays below 1e-5 and 1e-13 in the standard cases, and far below bfloat16's error."""
+"""Largest difference from the float64 reference, relative to its largest value, of an engine that is timed: far above
+rounding, which stays below 1e-5 and 1e-13 in the standard cases, and far below bfloat16's error."""
 
 HOPELESS = 1.5  # a form whose best round is slower than the best form's best round by this factor gets no more turns
 
@@ -85,13 +83,15 @@ class Worker:
         What the environment tells the libraries.
     timeout : float
         Seconds after which a worker that does not answer is killed.
+    mode : {"infer", "train"}
+        What the engine is for.
     """
 
-    def __init__(self, engine: str, threads: int, timeout: float) -> None:
+    def __init__(self, engine: str, threads: int, timeout: float, mode: Mode = "infer") -> None:
         self._timeout = timeout
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__package__}.worker import main; main()", engine, str(os.getpid())],
+            [sys.executable, "-c", f"from {__package__}.worker import main; main()", engine, mode, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -112,7 +112,7 @@ class Worker:
         Parameters
         ----------
         request : str
-            Name of a request that the worker knows: ``version``, ``set_up``, ``run``, ``time`` or ``peak``.
+            Name of a request that the worker knows: ``version``, ``set_up``, ``run``, ``time``, ``memory`` or ``peak``.
         *arguments : object
             What the request takes.
 
@@ -177,8 +177,8 @@ class Worker:
 class _Crew:
     """The workers for one number of threads, one an engine; an engine whose worker died gets another."""
 
-    def __init__(self, threads: int, timeout: float) -> None:
-        self._threads, self._timeout = threads, timeout
+    def __init__(self, threads: int, timeout: float, mode: Mode) -> None:
+        self._options = threads, timeout, mode
         self._workers: dict[str, Worker] = {}
         self.versions: dict[str, str] = {}
 
@@ -193,9 +193,17 @@ class _Crew:
 
     def ask(self, engine: str, request: str, *arguments: object) -> Any:
         if engine not in self._workers or not self._workers[engine].alive:
-            self._workers[engine] = Worker(engine, self._threads, self._timeout)
+            self._workers[engine] = Worker(engine, *self._options)
             self.versions[engine] = self._workers[engine].ask("version")
         return self._workers[engine].ask(request, *arguments)
+
+    def ask_afresh(self, engine: str, request: str, *arguments: object) -> Any:
+        """Ask a process that is started for this alone."""
+        worker = Worker(engine, *self._options)
+        try:
+            return worker.ask(request, *arguments)
+        finally:
+            worker.close()
 
 
 def compare(
@@ -206,7 +214,7 @@ def compare(
     rounds: int = 5,
     seconds: float = 0.05,
     timeout: float = 300,
-    mode: str = "infer",
+    memory: Collection[str] = (),
     command: str = "",
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -215,7 +223,7 @@ def compare(
     Parameters
     ----------
     problems : sequence of Problem
-        What to run.
+        What to run: all of them for inference, or all of them for training.
     threads : sequence of int
         Numbers of threads; all problems are run with each.
     engines : sequence of str, optional
@@ -226,8 +234,8 @@ def compare(
         How long each form is timed in a turn; longer where two calls take longer.
     timeout : float
         Seconds after which an engine that does not answer is killed and left out.
-    mode : {"infer"}
-        What is timed.
+    memory : collection of str
+        Names of the cases whose memory is measured.
     command : str
         How the comparison was started, for the record.
     progress : callable
@@ -244,17 +252,21 @@ def compare(
     ValueError
         If an option makes no sense.
     """
-    if mode not in MODES:
-        raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {mode!r}")
     if rounds < 1 or not problems or not threads or min(threads) < 1:
         raise ValueError("a comparison needs a problem, a round and a number of threads, all of them at least one")
-    classes = _choose(engines)
-    expected = [_expected(problem) for problem in problems]
+    mode = problems[0].mode
+    if any(problem.mode != mode for problem in problems):
+        raise ValueError("`problems` must be all for inference or all for training")
+    classes = _choose(engines, mode)
+    missing = [] if engines else [engine.title for engine in ENGINES[mode].values() if not engine.available()]
+    expected = [exact(problem) for problem in problems]
     results, versions = [], {}
     for count in dict.fromkeys(threads):
-        with _Crew(count, timeout) as crew:
+        with _Crew(count, timeout, mode) as crew:
             for number, problem in enumerate(problems):
                 result = _compare_one(crew, problem, expected[number], classes, count, rounds, seconds)
+                if problem.case.name in memory:
+                    _measure_memory(crew, problem, count, result["engines"])
                 results.append(result)
                 progress(_progress_line(result, len(results), len(problems) * len(dict.fromkeys(threads))))
             versions.update(crew.versions)
@@ -268,7 +280,7 @@ def compare(
         "machine": describe_machine(),
         "versions": {**_own_versions(), **versions},
         "engines": {name: {"title": engine.title, "peer": engine.peer} for name, engine in classes.items()},
-        "not_installed": [] if engines else [engine.title for engine in ENGINES.values() if not engine.available()],
+        "not_installed": missing,
         "results": results,
         "geometric_means": geometric_means(results),
         "failures": [
@@ -279,27 +291,21 @@ def compare(
     }
 
 
-def _choose(engines: Sequence[str] | None) -> dict[str, type[Engine]]:
+def _choose(engines: Sequence[str] | None, mode: Mode) -> dict[str, type[Engine]]:
     """Return the classes of the engines asked for, or of all that are installed."""
     if engines is None:
-        return {name: engine for name, engine in ENGINES.items() if engine.available()}
-    classes = {name: find_engine(name) for name in engines}
+        return {name: engine for name, engine in ENGINES[mode].items() if engine.available()}
+    classes = {name: find_engine(name, mode) for name in engines}
     for name, engine in classes.items():
         if not engine.available():
             raise ValueError(f"engine {name!r} needs {' and '.join(engine.modules)}, not all of which are installed")
     return classes
 
 
-def _expected(problem: Problem) -> Outputs:
-    weights = {name: array.astype(np.float64) for name, array in problem.weights.items()}
-    result = reference.forward(weights, problem.x.astype(np.float64), lengths=problem.lengths)
-    return Outputs(result.output, *result.state)
-
-
 def _compare_one(
     crew: _Crew,
     problem: Problem,
-    expected: Outputs,
+    expected: Results,
     classes: dict[str, type[Engine]],
     threads: int,
     rounds: int,
@@ -311,15 +317,16 @@ def _compare_one(
     for name in classes:
         try:
             forms = crew.ask(name, "set_up", problem, threads)
-            error = max(_largest_error(crew.ask(name, "run", form, problem.x), expected) for form in forms)
+            errors = [_largest_error(crew.ask(name, "run", form, problem.x), expected) for form in forms]
         except WorkerError as reason:
             engines[name] = {"reason": str(reason)}
             continue
+        error, what = max(errors)
         if error <= TOLERANCES[problem.dtype]:
             engines[name] = {"error": error}
             turns[name] = {form: [] for form in forms}
         else:
-            engines[name] = {"reason": f"wrong: its output differs from the reference by {error:.1e}"}
+            engines[name] = {"reason": f"wrong: its {what} differs from the reference by {error:.1e}"}
     for number in range(rounds):
         names = list(turns)
         first = number % max(len(names), 1)
@@ -358,6 +365,18 @@ def _compare_one(
     return result
 
 
+def _measure_memory(crew: _Crew, problem: Problem, threads: int, engines: dict[str, dict[str, Any]]) -> None:
+    """Add the memory that calls need to each engine that was timed."""
+    for name, engine in engines.items():
+        if "median" in engine:
+            try:
+                memory: Memory | None = crew.ask_afresh(name, "memory", problem, threads, engine["form"])
+            except WorkerError as error:
+                engine["memory"] = {"reason": str(error)}
+            else:
+                engine["memory"] = None if memory is None else memory._asdict()
+
+
 def _in_the_running(forms: dict[str, list[Timing]]) -> list[str]:
     """Return the forms that may still turn out the fastest: the others are not worth a turn."""
     best = {form: min((timing.median for timing in timings), default=0.0) for form, timings in forms.items()}
@@ -378,14 +397,17 @@ def _summary(forms: dict[str, list[Timing]]) -> dict[str, Any]:
     }
 
 
-def _largest_error(outputs: Outputs, expected: Outputs) -> float:
-    """Return the largest difference, as `TOLERANCES` measures it; infinite for NaN or a wrong shape."""
-    pairs = zip(outputs, expected, strict=True)
-    return max(_error(got, wanted) if got.shape == wanted.shape else math.inf for got, wanted in pairs)
+def _largest_error(results: Results, expected: Results) -> tuple[float, str]:
+    """Return the largest difference, as `TOLERANCES` measures it, and of what; infinite for NaN or a wrong shape."""
+    if results.keys() != expected.keys():
+        return math.inf, "set of results"
+    return max((_error(results[name], wanted), name) for name, wanted in expected.items())
 
 
 def _error(got: Array, wanted: Array) -> float:
-    error = float(np.abs(got - wanted).max() / max(1.0, np.abs(wanted).max()))
+    if got.shape != wanted.shape:
+        return math.inf
+    error = float(np.abs(got - wanted).max() / (np.abs(wanted).max() or 1.0))
     return error if math.isfinite(error) else math.inf
 
 

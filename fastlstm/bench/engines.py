@@ -1,4 +1,4 @@
-"""One class per library: how a fair expert runs an LSTM with it on a CPU.
+"""One class per library: how a fair expert runs an LSTM with it on a CPU; `training` has those for training.
 
 An engine is set up for one problem and one number of threads. A library that can run the problem in several ways
 (with or without preallocated outputs, as a sequence or as a cell, on all the threads it is allowed or on one) offers
@@ -22,22 +22,30 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from .. import reference
+from .answers import Results, run_reference
 from .cases import Array, Problem
 from .onnx_graph import build_model
 
-__all__ = ["ENGINES", "Engine", "Form", "Outputs", "Timing", "find_engine", "time_calls"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "FastLSTM",
+    "Form",
+    "NumPy",
+    "PyTorch",
+    "Timing",
+    "fastlstm_layer",
+    "thread_counts",
+    "time_calls",
+    "torch_layer",
+]
 
 SETTLE_S = 0.01  # untimed calls before timed ones: pools wake, caches fill, clocks rise
 BATCH_S = 1e-4  # calls shorter than this are timed several at once, so that reading the clock does not count
 
 
-class Outputs(NamedTuple):
-    """What an LSTM returns: output (T, N, D*P), h_n (L*D, N, P), c_n (L*D, N, H)."""
-
-    output: Array
-    h_n: Array
-    c_n: Array
+OUTPUTS = ("output", "h_n", "c_n")
+"""What an LSTM returns: (T, N, D*P), (L*D, N, P), (L*D, N, H)."""
 
 
 class Timing(NamedTuple):
@@ -107,7 +115,7 @@ class Form(ABC):
         """Run once on the input in place: this is what is timed."""
 
     @abstractmethod
-    def fetch(self) -> Outputs:
+    def fetch(self) -> Results:
         """Return what the latest call left."""
 
 
@@ -156,7 +164,7 @@ class Engine(ABC):
     def __init__(self, problem: Problem, threads: int) -> None:
         if problem.dtype not in self.dtypes:
             raise NotImplementedError(f"{self.title} runs LSTMs in {' and '.join(self.dtypes)} only")
-        self._streamed = problem.case.streamed
+        self._streamed = problem.streamed
         self.forms = dict(self.make_forms(problem, threads))
         for form in self.forms.values():
             with form.settings():
@@ -166,7 +174,7 @@ class Engine(ABC):
     def make_forms(self, problem: Problem, threads: int) -> Iterator[tuple[str, Form]]:
         """Offer the ways to run the problem, each with its name."""
 
-    def run(self, form: str, x: Array) -> Outputs:
+    def run(self, form: str, x: Array) -> Results:
         """Run an input through the very call that is timed.
 
         Parameters
@@ -179,17 +187,18 @@ class Engine(ABC):
 
         Returns
         -------
-        Outputs
+        dict of str to numpy.ndarray
+            As `Results`.
         """
         chosen = self.forms[form]
-        results = []
+        steps = []
         with chosen.settings():
             chosen.reset()
             for part in np.split(x, len(x)) if self._streamed else [x]:
                 chosen.feed(part)
                 chosen.call()
-                results.append(Outputs(*(np.array(array) for array in chosen.fetch())))
-        return Outputs(np.concatenate([result.output for result in results]), results[-1].h_n, results[-1].c_n)
+                steps.append({name: np.array(array) for name, array in chosen.fetch().items()})
+        return steps[-1] | ({"output": np.concatenate([step["output"] for step in steps])} if self._streamed else {})
 
     def time(self, form: str, seconds: float) -> Timing:
         """Time the call of a form, on the input that was put in place last."""
@@ -197,7 +206,7 @@ class Engine(ABC):
             return time_calls(self.forms[form].call, seconds)
 
 
-def _thread_counts(threads: int) -> tuple[int, ...]:
+def thread_counts(threads: int) -> tuple[int, ...]:
     """Return the thread counts that are tried: all that are allowed, and one, which small problems often prefer."""
     return (threads, 1) if threads > 1 else (1,)
 
@@ -219,25 +228,31 @@ class FastLSTM(Engine):
 
     def make_forms(self, problem: Problem, threads: int) -> Iterator[tuple[str, Form]]:
         """Offer the call with a new output every time, and with `out`."""
-        import fastlstm
-
-        fastlstm.set_num_threads(threads)
-        case = problem.case
-        lstm = fastlstm.LSTM(
-            case.I,
-            case.H,
-            case.L,
-            bias=problem.bias,
-            bidirectional=case.D == 2,
-            proj_size=problem.proj_size,
-            dtype=problem.x.dtype,
-        )
-        lstm.load_state_dict(problem.weights)
+        case, lstm = problem.case, fastlstm_layer(problem, threads)
         form = _FastLSTMStep if case.streamed else _FastLSTMSequence
         yield "new output", form(lstm, problem, None)
         steps = 1 if case.streamed else case.T
         out = np.empty((steps, case.N, case.D * (problem.proj_size or case.H)), problem.x.dtype)
         yield "out=", form(lstm, problem, out)
+
+
+def fastlstm_layer(problem: Problem, threads: int) -> Any:
+    """Return the layer with the problem's weights; its calls may use so many threads."""
+    import fastlstm
+
+    fastlstm.set_num_threads(threads)
+    case = problem.case
+    lstm = fastlstm.LSTM(
+        case.I,
+        case.H,
+        case.L,
+        bias=problem.bias,
+        bidirectional=case.D == 2,
+        proj_size=problem.proj_size,
+        dtype=problem.x.dtype,
+    )
+    lstm.load_state_dict(problem.weights)
+    return lstm
 
 
 class _FastLSTMSequence(Form):
@@ -252,9 +267,9 @@ class _FastLSTMSequence(Form):
     def call(self) -> None:
         self._result = self._lstm(self._x, **self._options)
 
-    def fetch(self) -> Outputs:
+    def fetch(self) -> Results:
         output, (h_n, c_n) = self._result
-        return Outputs(output, h_n, c_n)
+        return {"output": output, "h_n": h_n, "c_n": c_n}
 
 
 class _FastLSTMStep(Form):
@@ -272,12 +287,16 @@ class _FastLSTMStep(Form):
     def call(self) -> None:
         self._y = self._stream(self._x, **self._options)
 
-    def fetch(self) -> Outputs:
-        return Outputs(self._y[None], *self._stream.state)
+    def fetch(self) -> Results:
+        h, c = self._stream.state
+        return {"output": self._y[None], "h_n": h, "c_n": c}
 
 
 class NumPy(Engine):
-    """``fastlstm.reference``, plain NumPy: one product over all steps for the input, then a loop over time."""
+    """``fastlstm.reference``, plain NumPy: one product over all steps for the input, then a loop over time.
+
+    Training is the same call: its problem says that gradients are wanted.
+    """
 
     name = "numpy"
     title = "NumPy"
@@ -302,12 +321,12 @@ class _NumPyForm(Form):
         self._x = x
 
     def call(self) -> None:
-        self._result = reference.forward(self._problem.weights, self._x, self._state, lengths=self._problem.lengths)
-        if self._problem.case.streamed:
-            self._state = self._result.state
+        self._results = run_reference(self._problem, self._problem.weights, self._x, self._state)
+        if self._problem.streamed:
+            self._state = self._results["h_n"], self._results["c_n"]
 
-    def fetch(self) -> Outputs:
-        return Outputs(self._result.output, *self._result.state)
+    def fetch(self) -> Results:
+        return self._results
 
 
 class PyTorch(Engine):
@@ -329,25 +348,33 @@ class PyTorch(Engine):
         """Offer `nn.LSTM`, and the cell for a streamed problem, on all threads and on one."""
         import torch
 
-        case = problem.case
-        lstm = torch.nn.LSTM(
-            case.I,
-            case.H,
-            case.L,
-            bias=problem.bias,
-            bidirectional=case.D == 2,
-            proj_size=problem.proj_size,
-            dtype=getattr(torch, problem.dtype),
-        ).eval()
-        lstm.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in problem.weights.items()})
-        for count in _thread_counts(threads):
-            if not case.streamed:
+        lstm = torch_layer(problem).eval()
+        for count in thread_counts(threads):
+            if not problem.case.streamed:
                 form = _TorchSequence if problem.lengths is None else _TorchPacked
                 yield f"nn.LSTM, threads {count}", form(torch, lstm, problem, count)
                 continue
             yield f"nn.LSTM, threads {count}", _TorchStep(torch, lstm, problem, count)
             if not problem.proj_size:
                 yield f"lstm_cell, threads {count}", _TorchCell(torch, lstm, problem, count)
+
+
+def torch_layer(problem: Problem) -> Any:
+    """Return the `nn.LSTM` with copies of the problem's weights."""
+    import torch
+
+    case = problem.case
+    lstm = torch.nn.LSTM(
+        case.I,
+        case.H,
+        case.L,
+        bias=problem.bias,
+        bidirectional=case.D == 2,
+        proj_size=problem.proj_size,
+        dtype=getattr(torch, problem.dtype),
+    )
+    lstm.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in problem.weights.items()})
+    return lstm
 
 
 class _TorchSequence(Form):
@@ -367,8 +394,8 @@ class _TorchSequence(Form):
     def call(self) -> None:
         self._output, self._state = self._lstm(self._x)
 
-    def fetch(self) -> Outputs:
-        return Outputs(self._output.numpy(), *(array.numpy() for array in self._state))
+    def fetch(self) -> Results:
+        return dict(zip(OUTPUTS, (array.numpy() for array in (self._output, *self._state)), strict=True))
 
 
 class _TorchPacked(_TorchSequence):
@@ -407,9 +434,9 @@ class _TorchCell(_TorchStep):
             states[layer] = cell(x, states[layer], *weights)
             x = states[layer][0]
 
-    def fetch(self) -> Outputs:
+    def fetch(self) -> Results:
         h, c = (np.stack([state[index].numpy() for state in self._states]) for index in range(2))
-        return Outputs(h[-1:], h, c)
+        return {"output": h[-1:], "h_n": h, "c_n": c}
 
 
 class ONNXRuntime(Engine):
@@ -430,7 +457,7 @@ class ONNXRuntime(Engine):
 
         case = problem.case
         model = build_model(problem, steps=1 if case.streamed else case.T, carry_state=case.streamed)
-        for count in _thread_counts(threads):
+        for count in thread_counts(threads):
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = count
             options.inter_op_num_threads = 1
@@ -458,12 +485,12 @@ class _OnnxRun(Form):
         self._inputs["x"] = x
 
     def call(self) -> None:
-        self._outputs = self._session.run(Outputs._fields, self._inputs)
+        self._outputs = self._session.run(OUTPUTS, self._inputs)
         if self._carry_state:
             self._inputs["h_0"], self._inputs["c_0"] = self._outputs[1:]
 
-    def fetch(self) -> Outputs:
-        return Outputs(*self._outputs)
+    def fetch(self) -> Results:
+        return dict(zip(OUTPUTS, self._outputs, strict=True))
 
 
 class _OnnxBound(Form):
@@ -483,7 +510,7 @@ class _OnnxBound(Form):
             if case.streamed:
                 for name, value in zip(("h_0", "c_0"), before, strict=True):
                     binding.bind_ortvalue_input(name, value)
-            for name, value in zip(Outputs._fields, (output, *after), strict=True):
+            for name, value in zip(OUTPUTS, (output, *after), strict=True):
                 binding.bind_ortvalue_output(name, value)
             self._turns.append((binding, (output, *after)))
         self.reset()
@@ -508,8 +535,8 @@ class _OnnxBound(Form):
         self._turns.reverse()
         self._run(self._turns[0][0])
 
-    def fetch(self) -> Outputs:
-        return Outputs(*(value.numpy() for value in self._turns[0][1]))
+    def fetch(self) -> Results:
+        return {name: value.numpy() for name, value in zip(OUTPUTS, self._turns[0][1], strict=True)}
 
 
 class OpenVINO(Engine):
@@ -537,7 +564,7 @@ class OpenVINO(Engine):
 
         case = problem.case
         model = build_model(problem, steps=1 if case.streamed else case.T, carry_state=case.streamed)
-        for count in _thread_counts(threads):
+        for count in thread_counts(threads):
             core = openvino.Core()
             graph = core.read_model(model)
             if case.streamed:
@@ -570,31 +597,14 @@ class _OpenVINOForm(Form):
     def call(self) -> None:
         self._request.infer(share_inputs=True, share_outputs=True)
 
-    def fetch(self) -> Outputs:
-        output = self._request.get_tensor("output").data
+    def fetch(self) -> Results:
         if not self._streamed:
-            return Outputs(output, *(self._request.get_tensor(name).data for name in ("h_n", "c_n")))
-        states = {state.name: state.state.data for state in self._request.query_state()}
-        return Outputs(output, *(array for _, array in sorted(states.items(), reverse=True)))
+            return {name: self._request.get_tensor(name).data for name in OUTPUTS}
+        states = sorted((state.name, state.state.data) for state in self._request.query_state())
+        (_, c), (_, h) = states
+        return {"output": self._request.get_tensor("output").data, "h_n": h, "c_n": c}
 
 
 _CLASSES: tuple[type[Engine], ...] = (FastLSTM, PyTorch, ONNXRuntime, OpenVINO, NumPy)
 ENGINES = {engine.name: engine for engine in _CLASSES}
-"""Every engine by its name, in the order of the tables' columns."""
-
-
-def find_engine(name: str) -> type[Engine]:
-    """Return an engine by its name, or by ``module:Class`` where it is one's own.
-
-    Raises
-    ------
-    ValueError
-        If there is none of that name.
-    """
-    if name in ENGINES:
-        return ENGINES[name]
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}, and your own as module:Class")
-    engine: type[Engine] = getattr(import_module(module), attribute)
-    return engine
+"""Every engine for inference by its name, in the order of the tables' columns."""

@@ -7,9 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["END", "START", "markdown", "require_matplotlib", "terminal", "write_chart", "write_readme"]
+__all__ = ["MARKS", "markdown", "require_matplotlib", "terminal", "write_chart", "write_readme"]
 
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+MARKS = {
+    "infer": ("<!-- bench:start -->", "<!-- bench:end -->"),
+    "train": ("<!-- bench-train:start -->", "<!-- bench-train:end -->"),
+}
+"""For each mode, the lines of a file between which its tables are put."""
+
+WHAT = {"infer": "", "train": "training, forward and backward; "}
 
 COLORS, MARKERS = ("#2471a3", "#d68910", "#1e8449", "#7d3c98"), "oDsv"
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000)
@@ -35,7 +41,7 @@ def markdown(result: Result) -> str:
         rule = ["---", "---", *["---:"] * (len(header) - 2)]
         parts.append(f"**{_threads_text(threads)}**")
         parts.append("\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)))
-    parts += [_losses(result), *[f"- {note}" for note in _notes(result)]]
+    parts += [_losses(result), *_memory(result), *[f"- {note}" for note in _notes(result)]]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -61,11 +67,11 @@ def terminal(result: Result) -> str:
             right = [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
             lines.append("  ".join([*left, *right]).rstrip())
         parts.append("\n".join([_threads_text(threads), *lines]))
-    return "\n\n".join([*parts, _losses(result).replace("**", ""), *_notes(result)])
+    return "\n\n".join([*parts, _losses(result).replace("**", ""), *_memory(result), *_notes(result)])
 
 
 def write_readme(result: Result, path: Path) -> None:
-    """Put the Markdown between the marks `START` and `END` of a file, in place of what is there.
+    """Put the Markdown between the `MARKS` of its mode in a file, in place of what is there.
 
     Parameters
     ----------
@@ -79,12 +85,13 @@ def write_readme(result: Result, path: Path) -> None:
     ValueError
         If the two marks are not in the file once each, in this order.
     """
+    first, last = MARKS[result["mode"]]
     text = path.read_text(encoding="utf-8")
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end or START in rest or END in after:
-        raise ValueError(f"{path} must have the line {START} and after it the line {END}, once each")
-    path.write_text(f"{before}{START}\n\n{markdown(result)}\n\n{END}{after}", encoding="utf-8")
+    before, start, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not start or not end or first in rest or last in after:
+        raise ValueError(f"{path} must have the line {first} and after it the line {last}, once each")
+    path.write_text(f"{before}{first}\n\n{markdown(result)}\n\n{last}{after}", encoding="utf-8")
 
 
 def require_matplotlib() -> None:
@@ -169,7 +176,7 @@ def write_chart(result: Result, path: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel("times as fast as the fastest peer in the same run (left of 1: slower)")
     peers = [engine["title"] for engine in result["engines"].values() if engine["peer"]]
-    axes.set_title(f"fastlstm beside {_listed(peers)}: {_dtype_text(result)}", fontsize=11, loc="left")
+    axes.set_title(f"fastlstm beside {_listed(peers)}: {_what_text(result)}", fontsize=11, loc="left")
     axes.legend(loc="lower right", bbox_to_anchor=(1.02, 1), ncols=len(counts), frameon=False, fontsize=9)
     figure.savefig(path, dpi=144)
 
@@ -186,9 +193,9 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _dtype_text(result: Result) -> str:
+def _what_text(result: Result) -> str:
     lengths = "" if result["lengths"] == "full" else ", lengths drawn evenly from 1..T"
-    return f"{' and '.join(result['dtypes'])}{lengths}"
+    return f"{WHAT[result['mode']]}{' and '.join(result['dtypes'])}{lengths}"
 
 
 def _ratio_text(ratio: float) -> str:
@@ -225,7 +232,7 @@ def _preamble(result: Result) -> str:
         [
             f"{machine['cpu']}, {cores}, {', '.join(machine['features'])}; {machine['system']}{environment}.",
             f"{', '.join(listed)}.",
-            f"{_dtype_text(result)}; median of {result['rounds']} rounds; `{result['command']}`",
+            f"{_what_text(result)}; median of {result['rounds']} rounds; `{result['command']}`",
         ]
     )
 
@@ -286,6 +293,22 @@ def _losses(result: Result) -> str:
         for entry in slower
     ]
     return f"{won} and **slower** in {len(slower)}: {', '.join(lost)}."
+
+
+def _memory(result: Result) -> list[str]:
+    """Return the memory of each case for which it was measured, a line each."""
+    lines = []
+    for entry in result["results"]:
+        measured = {name: engine["memory"] for name, engine in entry["engines"].items() if engine.get("memory")}
+        texts = [
+            f"{result['engines'][name]['title']} "
+            + (memory.get("reason") or f"{memory['calls'] / 1e6:.1f} MB (process {memory['peak'] / 1e6:.0f} MB)")
+            for name, memory in measured.items()
+        ]
+        if texts:
+            where = f"{entry['case']['name']} with {_threads_text(entry['threads'])}"
+            lines.append(f"Peak memory of {where}, above what the process held before: {', '.join(texts)}.")
+    return lines
 
 
 def _notes(result: Result) -> list[str]:

@@ -92,9 +92,10 @@ class Forecaster:
     mean, std : float
         Of the square roots of the training years' numbers.
     train_years, validation_years, test_years : (int, int)
-        First and last year of each part.
+        First and last year of each part. The validation years, the last of the training years, were held out at first,
+        to find out for how many epochs to train.
     rmse, mae : dict
-        One-step errors on `"train"`, `"validation"` and `"test"`, recorded when the model was trained.
+        One-step errors on `"train"` and `"test"`, recorded when the model was trained.
     """
 
     model: Sequential
