@@ -531,9 +531,6 @@ def test_changes_between_forward_and_backward(training, what):
         torch.autograd.grad(output.sum(), x)
 
 
-@pytest.mark.xfail(
-    strict=False, raises=TypeError, reason="seen once, in the whole suite: a module with the settings of another test's"
-)
 def test_state_dicts_are_interchangeable():
     for settings in ({}, {"bias": False}, {"proj_size": P, "bidirectional": True, "num_layers": 2}):
         ours, theirs = ft.LSTM(I, H, **settings), nn.LSTM(I, H, **settings)
