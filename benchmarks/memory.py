@@ -37,7 +37,7 @@ class Process:
     """The most memory a process holds: with a call, and without one as a control."""
 
     version = "1"
-    params = [SEQUENCES]
+    params = [["vad", "b256", "b1024", "wide"]]
     param_names = ["case"]
 
     def setup_cache(self):

@@ -74,7 +74,8 @@ class LSTM(nn.LSTM):
     number; but where no tape is written and there are fewer than 64 steps times rows, of a weight of more than 8 KB
     only in a sample that has a number of every row and every column, so that a single number set so may go unseen.
 
-    Dropout repeats under `torch.manual_seed`; it does not drop the same elements as `torch.nn.LSTM`.
+    Dropout repeats under `torch.manual_seed`; it does not drop the same elements as `torch.nn.LSTM`. The number of
+    threads is that of `fastlstm.set_num_threads`, not that of `torch.set_num_threads`.
 
     Examples
     --------
@@ -256,7 +257,7 @@ def accelerate(model: Model) -> Model:
 def _warn(obstacle: str) -> None:
     if obstacle not in _warned:
         message = f"torch.nn.LSTM itself computes here: the kernels of fastlstm do not do {obstacle}"
-        warnings.warn(message, FallbackWarning, stacklevel=6)  # that of the call of the module
+        warnings.warn(message, FallbackWarning, stacklevel=6)  # where the module is called
         _warned.add(obstacle)
 
 
@@ -492,7 +493,8 @@ class _Recorded(torch.autograd.Function):
             return _infer(layer, packing, x, h_0, c_0)
         tape = _record(layer, packing, seed, x, h_0, c_0)
         results = _results(packing, tape.output, tape.state)
-        ctx.save_for_backward(x, h_0, c_0, results[0], _hold(tape), *tensors)
+        output = results[0] if packing is None else None  # that on the tape's memory
+        ctx.save_for_backward(x, h_0, c_0, output, _hold(tape), *tensors)
         return results
 
     @staticmethod
