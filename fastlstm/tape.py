@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -100,7 +100,7 @@ class _Segment(NamedTuple):
     first: int
     last: int
     steps: Any  # fastlstm.kernels.training.Steps
-    saved: Array | None  # None: to be computed again
+    saved: Array | None  # the direction's `room`; None: to be computed again
     cut: Array | None  # (N,) bool, where the state does not cross to these steps from those before
 
 
@@ -111,9 +111,12 @@ class _Recording:
     step is its output and, but for checkpoints, five numbers more.
     """
 
+    directions: Sequence[list[Direction]] = ()
+    layers: Sequence[list[list[_Segment]]] = ()  # of each layer, each direction
+
     def __init__(self, lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool) -> None:
         self.lstm, self.batched, self.x_shape = lstm, call.batched, call.x.shape
-        self.directions: list[list[Direction]] = lstm._training_weights()
+        self.directions = lstm._training_weights()
         self.T, self.N, self.every = call.T, call.N, every
         D, H, P = lstm._directions, lstm.hidden_size, lstm._output_size
         self.lengths = None
@@ -122,7 +125,7 @@ class _Recording:
             self.lengths[call.order] = call.lengths
         count = lstm.num_layers * D
         self.h_n, self.c_n = (np.empty((count, self.N, size), lstm.dtype) for size in (P, H))
-        self.layers: list[list[list[_Segment]]] = []  # of each layer, each direction
+        self.layers = layers = []
         self.between: list[Array] = []  # outputs of all layers but the last
         self.masks: list[Array] = []  # of these
         self.keep = 1 - lstm.dropout
@@ -139,7 +142,7 @@ class _Recording:
                 h_0, c_0 = (None if s is None else np.array(s[index]) for s in call.state)
                 final = self.h_n[index], self.c_n[index]
                 segments.append(self._forward(direction, x, y[:, :, d * P :][:, :, :P], reset, (h_0, c_0), final))
-            self.layers.append(segments)
+            layers.append(segments)
             if not last:
                 x = y
                 self.between.append(y)
@@ -147,6 +150,13 @@ class _Recording:
                     self.masks.append(rng.random(y.shape, np.float32) < self.keep)
                     x = self._drop(y, k)
         self.output = output
+
+    def __del__(self) -> None:
+        for directions, layer in zip(self.directions, self.layers, strict=False):
+            for direction, segments in zip(directions, layer, strict=True):
+                for segment in segments:
+                    if segment.saved is not None:
+                        direction.give_back(segment.saved)
 
     def _time_major(self, array: Array) -> Array:
         """Return a view (T, N, ...) of an array that is laid out as the user's."""
@@ -198,7 +208,7 @@ class _Recording:
             steps = Steps(x[first:last], y[first:last], state[0], state[1], rows, how)
             saved = None
             if len(cuts) == 1:
-                saved = np.empty((self.T, self.N, 5, direction.H), direction.dtype)
+                saved = direction.room(self.T, self.N)
             h_n, c_n = final if (first, last) == cuts[-1] else map(np.empty_like, final)
             direction.forward(steps, h_n, c_n, saved)
             if self.masks:  # the input is that of before with its mask, and will be again
@@ -257,12 +267,14 @@ class _Recording:
             if x is not None:
                 steps = steps._replace(x=x[first:last])
             if saved is None:
-                saved = np.empty((last - first, self.N, 5, direction.H), direction.dtype)
+                saved = direction.room(last - first, self.N)
                 again = steps._replace(out=np.empty_like(steps.out))
                 direction.forward(again, np.empty_like(d_initial[0]), np.empty_like(d_initial[1]), saved)
             part = None if d_out is None else d_out[first:last]
             started = segment is not segments[-1]
             direction.backward(steps, saved, part, d_state, d_initial, d_x[first:last], add_x, d_w, started)
+            if segment.saved is None:
+                direction.give_back(saved)
             if cut is not None:
                 d_initial[0][cut], d_initial[1][cut] = 0, 0
             d_state = d_initial[0].copy(), d_initial[1].copy()

@@ -138,7 +138,7 @@ class LSTM(nn.LSTM):
         weights = self._weights
         thorough = x.numel() >= THOROUGH * self.input_size or (self.training and torch.is_grad_enabled())
         if weights is None or not weights.current(self, thorough):
-            weights = self.__dict__["_weights"] = _Weights(self)
+            weights = self.__dict__["_weights"] = _Weights(self, weights)
         batch_sizes = input.batch_sizes if packed else None
         if weights.layer is None or not self._fits(x, hx, weights.tensors[0].dtype, batch_sizes):
             if batch_sizes is not None:  # here torch does not check, and may compute with memory beyond the arrays
@@ -311,7 +311,7 @@ def _obstacle_in(tensor: Any) -> str:
 class _Weights:
     """A module's weights: a layer that reads them where they are, and what tells whether they have changed since."""
 
-    def __init__(self, module: LSTM) -> None:
+    def __init__(self, module: LSTM, before: _Weights | None) -> None:
         module._update_flat_weights()
         self.names = names = module._flat_weights_names
         self.tensors: tuple[Tensor, ...] = tuple(module._flat_weights)
@@ -324,7 +324,7 @@ class _Weights:
             return
         arrays = [_array(tensor) for tensor in self.tensors]
         self.seen = [_look(array) for array in arrays]  # before the layer packs them, so that no change is missed
-        layer = _make_layer(self.config, dict(zip(names, arrays, strict=True)))
+        layer = _make_layer(self.config, dict(zip(names, arrays, strict=True)), before.layer if before else None)
         shapes = layer._shapes()
         if any(a.dtype != layer.dtype or a.shape != shapes.get(name) for name, a in zip(names, arrays, strict=True)):
             return
@@ -356,11 +356,13 @@ class _Weights:
         return alike and bool(self._watched)
 
 
-def _make_layer(config: dict[str, Any], params: dict[str, Array]) -> lstm.LSTM:
-    """Return a layer on these arrays, which are not copied."""
+def _make_layer(config: dict[str, Any], params: dict[str, Array], like: lstm.LSTM | None = None) -> lstm.LSTM:
+    """Return a layer on these arrays, which are not copied; it packs them as `like` did, if it is of the same sizes."""
     layer = lstm.LSTM.__new__(lstm.LSTM)
     layer._configure(next(iter(params.values())).dtype, **config)
     layer._set_params(params)
+    if like is not None and (like.dtype, like._shapes()) == (layer.dtype, layer._shapes()):
+        layer.__dict__["_packed_for_training"] = like._packed_for_training
     return layer
 
 

@@ -18,7 +18,6 @@ from numba import carray, from_dtype, types
 
 from fastlstm.kernels.gradient_tile import LEFT, most_rows, pieces
 from fastlstm.kernels.panels import cut_block, most_vectors
-from fastlstm.kernels.sequence import KEPT
 from fastlstm.kernels.simd import target
 from fastlstm.kernels.team import (
     OBJECTS,
@@ -33,7 +32,7 @@ from fastlstm.kernels.team import (
     record_at,
     set_integer,
 )
-from fastlstm.kernels.tile import GATES
+from fastlstm.kernels.tile import GATES, KEPT
 
 __all__ = ["DOWN_DEPTH", "PLAN", "STATE", "TABLES", "backward_kernel"]
 
@@ -252,10 +251,14 @@ def backward_kernel(dtype: np.dtype):
 
     @part(types.void, plan_type, state_type, i, i, i, i)
     def pass_on(p, q, row0, rows, first, last):
-        """d_h = d_z W_hh for blocks of outputs, to the step before; what was cut gets nothing."""
+        """d_h = d_z W_hh for blocks of outputs, to the step before; what was cut gets nothing.
+
+        Every other step takes the blocks in the opposite order: what it needs first is what the cache saw last.
+        """
         t = time(p, q, q.j)
         d_h = p.d_h + row0 * p.P * size
-        for block in range(first, last):
+        for nth in range(first, last):
+            block = first + last - 1 - nth if q.j & 1 else nth
             along(
                 p.multiply, p.d_z, table(q, p, Z_ROWS), rows, p.H, GATES, p.w_hh, p.P, block,
                 d_h, table(q, p, H_ROWS), 0,

@@ -34,7 +34,7 @@ from fastlstm.kernels.team import (
     set_integer,
     wait_for_tasks,
 )
-from fastlstm.kernels.tile import GATES, blocking
+from fastlstm.kernels.tile import GATES, KEPT, blocking
 
 __all__ = ["PLAN", "SPAN", "WEIGHT_FIELDS", "forward_kernel"]
 
@@ -88,7 +88,6 @@ SPAN = record(
     "z", "between", "m",
 )  # fmt: skip
 LOAD, HOIST, ADVANCE, PROJECT, SAVE = range(5)  # what a phase does
-KEPT = 5  # numbers that the backward needs of a hidden unit and step
 
 TABLES_AT = -(-SPAN.itemsize // 64) * 64
 

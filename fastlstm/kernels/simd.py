@@ -146,11 +146,12 @@ class Pointer:
         """Return the one number here in every lane."""
         return self.builder.splat(self.builder.ir.load(self.value), lanes)
 
-    def prefetch(self) -> None:
-        """Ask for the cache line here, to L2."""
+    def prefetch(self, write: bool = False) -> None:
+        """Ask for the cache line here: to L2, or where it will be written to L1."""
         b = self.builder.ir
         name = "llvm.prefetch.p0" if llvm.llvm_version_info[0] > 14 else "llvm.prefetch.p0i8"
-        self.builder.call(name, [b.bitcast(self.value, I8.as_pointer()), I32(0), I32(2), I32(1)], ir.VoidType())
+        how = [I32(int(write)), I32(3 if write else 2), I32(1)]
+        self.builder.call(name, [b.bitcast(self.value, I8.as_pointer()), *how], ir.VoidType())
 
     def store(self, vec: Vec) -> None:
         """Write one register here."""
