@@ -62,7 +62,8 @@ PLAN = record(
     "multiply", "cell", "pack", "add",  # the tiles
     "chunk", "most",  # steps in a chunk, and its rows
     "units_apart",  # 1: the units are shared out; 0: the rows
-    "groups", "ranks", "shares", "counters",
+    "slices",  # of a large batch, one after the other
+    "groups", "ranks", "shares", "counters",  # groups in each slice
     "ramp_z", "ramp_i", "ramp_p", "ramp_h",  # tables of k * 4H, j * I, j * P, j * H
     "d_h", "d_c",  # (N, P), (N, H): what is passed on to the step before
     "d_z", "m", "d_m", "d_h_out",  # (most, 4H), (most, H), (N, H), (most, P)
@@ -73,6 +74,7 @@ PLAN = record(
 
 STATE = record(
     "rank", "shares", "phase", "impatient", "kind",
+    "first", "last",  # rows of the slice
     "done", "steps", "j", "base",  # steps of earlier chunks, steps of this one, the step, rows of the chunk before it
     "rows",  # of the chunk
 )  # fmt: skip
@@ -186,10 +188,10 @@ def backward_kernel(dtype: np.dtype):
     def length(p, row):
         return integer_at(p.lengths + row * 8) if p.lengths else p.T
 
-    @part(i, plan_type, i)
-    def count_all(p, t):
-        """Return how many rows of the batch reach step t."""
-        return integer_at(p.active + t * 8) if p.active else p.N
+    @part(i, plan_type, state_type, i)
+    def count_all(p, q, t):
+        """Return how many rows of the slice reach step t; where there are lengths, the slice is the batch."""
+        return integer_at(p.active + t * 8) if p.active else q.last - q.first
 
     @part(i, plan_type, i, i, i)
     def count_active(p, row0, rows, t):
@@ -231,7 +233,7 @@ def backward_kernel(dtype: np.dtype):
             row = row0 + r
             n = position(p, row)
             place = integer_at(p.places + row * 8) if p.places else row
-            k = q.base + place
+            k = q.base + place - q.first
             cut = is_cut(p, t, row)
             h, c = p.zeros, p.zeros
             if not cut and 0 <= before < length(p, row):
@@ -314,8 +316,8 @@ def backward_kernel(dtype: np.dtype):
                 if is_cut(p, t, row0 + r):
                     clear(d_c + (r * p.H + begin) * size, (end - begin) * size)
 
-    @part(types.void, plan_type, state_type, i, i, i)
-    def all_steps(p, q, row0, rows, unused):
+    @part(types.void, plan_type, state_type, i, i)
+    def all_steps(p, q, row0, rows):
         """Take a group of rows through all steps of the chunk."""
         base = 0
         for j in range(q.steps):
@@ -331,7 +333,7 @@ def backward_kernel(dtype: np.dtype):
                     for r in range(here):
                         set_integer(table(q, p, H_ROWS) + r * 8, r * p.P)
                 pass_on(p, q, row0, here, 0, count_blocks(p.P))
-            base += count_all(p, t)
+            base += count_all(p, q, t)
 
     @part(i, plan_type, state_type)
     def z_at(p, q):
@@ -367,7 +369,7 @@ def backward_kernel(dtype: np.dtype):
     @part(types.void, plan_type, state_type, i)
     def weight_gradients(p, q, share):
         """d_W += d_z^T [x h] and the bias, for a range of rows of the weights."""
-        add = int(p.add_w != 0 or q.done > 0)
+        add = int(p.add_w != 0 or q.done > 0 or q.first > 0)
         blocks = (p.J + LEFT - 1) // LEFT
         first, last = blocks * share // q.shares * LEFT, min(p.J, blocks * (share + 1) // q.shares * LEFT)
         outer(p, q, p.left_z, first, last, p.panel_x, p.I, p.d_w_ih, p.ramp_i, p.d_bias, add)
@@ -395,30 +397,31 @@ def backward_kernel(dtype: np.dtype):
                 copy(d_c, p.d_c_n + n * p.H * size if p.d_c_n else p.zeros, p.H * size)
         elif q.kind == STEPS:
             for group in range(p.groups * share // q.shares, p.groups * (share + 1) // q.shares):
-                row0 = p.N * group // p.groups
-                all_steps(p, q, row0, p.N * (group + 1) // p.groups - row0, 0)
+                rows = q.last - q.first
+                row0 = rows * group // p.groups
+                all_steps(p, q, q.first + row0, rows * (group + 1) // p.groups - row0)
         elif q.kind == OUTPUTS or q.kind == UNITS:
             # d_h of the step after, and with it what a step begins with; then, apart where there is a projection, d_z
-            rows = count_active(p, 0, p.N, time(p, q, q.j))
+            rows = count_all(p, q, time(p, q, q.j))
             blocks = count_blocks(p.P)
             first, last = blocks * share // q.shares, blocks * (share + 1) // q.shares
             begins = q.kind == OUTPUTS or not p.projected
             if begins and q.j > 0 and first < last:
                 q.j -= 1
-                after = count_active(p, 0, p.N, time(p, q, q.j))
-                q.base -= count_all(p, time(p, q, q.j))
-                fill_tables(p, q, 0, after)
-                pass_on(p, q, 0, after, first, last)
-                q.base += count_all(p, time(p, q, q.j))
+                after = count_all(p, q, time(p, q, q.j))
+                q.base -= after
+                fill_tables(p, q, q.first, after)
+                pass_on(p, q, q.first, after, first, last)
+                q.base += after
                 q.j += 1
-            fill_tables(p, q, 0, rows)
+            fill_tables(p, q, q.first, rows)
             if q.kind == OUTPUTS and first < last:
-                add_output(p, q, 0, rows, first, last)
+                add_output(p, q, q.first, rows, first, last)
             if q.kind == UNITS:
                 blocks = count_blocks(p.H)
                 first, last = blocks * share // q.shares, blocks * (share + 1) // q.shares
                 if first < last:
-                    differentiate(p, q, 0, rows, first, last)
+                    differentiate(p, q, q.first, rows, first, last)
         elif q.kind == PACK:
             first, last = q.rows * share // q.shares, q.rows * (share + 1) // q.shares
             for k in range(first, last):
@@ -439,10 +442,10 @@ def backward_kernel(dtype: np.dtype):
         else:
             blocks = count_blocks(p.P)
             first, last = blocks * share // q.shares, blocks * (share + 1) // q.shares
-            rows = count_active(p, 0, p.N, time(p, q, q.j)) if p.units_apart else 0
+            rows = count_all(p, q, time(p, q, q.j)) if p.units_apart else 0
             if first < last and rows > 0:
-                fill_tables(p, q, 0, rows)
-                pass_on(p, q, 0, rows, first, last)
+                fill_tables(p, q, q.first, rows)
+                pass_on(p, q, q.first, rows, first, last)
             weight_gradients(p, q, share)
             if p.d_x:
                 first, last = q.rows * share // q.shares, q.rows * (share + 1) // q.shares
@@ -462,33 +465,36 @@ def backward_kernel(dtype: np.dtype):
         q.kind, q.done, q.j = LOAD, 0, 0
         if not p.linear:
             run_phase(p, q)
-        while q.done < p.T:
-            head = p.T % p.chunk  # chunks are counted in the forward's order: its last, the first here, may be short
-            q.steps = head if q.done == 0 and head > 0 else p.chunk
-            q.rows = 0
-            for j in range(q.steps):
-                q.rows += count_all(p, time(p, q, j))
-            if p.linear:
-                q.rows = q.steps
-            elif p.units_apart:
-                q.base = 0
+        for slice_ in range(p.slices):
+            q.first, q.last = p.N * slice_ // p.slices, p.N * (slice_ + 1) // p.slices
+            q.done = 0
+            while q.done < p.T:
+                head = p.T % p.chunk  # chunks count in the forward's order: its last, the first here, may be short
+                q.steps = head if q.done == 0 and head > 0 else p.chunk
+                q.rows = 0
                 for j in range(q.steps):
-                    q.j = j
-                    if p.projected:
-                        q.kind = OUTPUTS
+                    q.rows += count_all(p, q, time(p, q, j))
+                if p.linear:
+                    q.rows = q.steps
+                elif p.units_apart:
+                    q.base = 0
+                    for j in range(q.steps):
+                        q.j = j
+                        if p.projected:
+                            q.kind = OUTPUTS
+                            run_phase(p, q)
+                        q.kind = UNITS
                         run_phase(p, q)
-                    q.kind = UNITS
+                        if j < q.steps - 1:
+                            q.base += count_all(p, q, time(p, q, j))
+                else:
+                    q.kind = STEPS
                     run_phase(p, q)
-                    if j < q.steps - 1:
-                        q.base += count_all(p, time(p, q, j))
-            else:
-                q.kind = STEPS
+                q.kind = PACK
                 run_phase(p, q)
-            q.kind = PACK
-            run_phase(p, q)
-            q.kind = GRADIENTS
-            run_phase(p, q)
-            q.done += q.steps
+                q.kind = GRADIENTS
+                run_phase(p, q)
+                q.done += q.steps
         q.kind = SAVE
         if not p.linear:
             run_phase(p, q)

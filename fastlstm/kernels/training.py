@@ -68,10 +68,14 @@ class Steps(NamedTuple):
     how: Strategy
 
 
+def _chunk_rows(I: int, H: int, P: int, dtype: np.dtype[Any]) -> int:
+    """Return how many rows of d_z make a chunk; it must not depend on the number of threads."""
+    return LARGE_CHUNK_ROWS if GATES * H * (I + P) * dtype.itemsize > LARGE_GRADIENTS else CHUNK_ROWS
+
+
 def chunk_steps(I: int, H: int, P: int, N: int, dtype: np.dtype[Any]) -> int:
-    """Return how many steps make a chunk; it must not depend on the number of threads."""
-    gradients = GATES * H * (I + P) * dtype.itemsize
-    return max(1, (LARGE_CHUNK_ROWS if gradients > LARGE_GRADIENTS else CHUNK_ROWS) // max(1, N))
+    """Return how many steps make a chunk."""
+    return max(1, _chunk_rows(I, H, P, dtype) // max(1, N))
 
 
 def _strides(array: Array | None) -> tuple[int, int]:
@@ -173,8 +177,13 @@ class Direction:
         T, N = steps.x.shape[:2]
         how, rows = steps.how, steps.rows
         ranks = min(how.ranks, threads.get_num_threads())
-        key = (T, N, how.shares > 1, how.groups, ranks)
-        space = self._idle.pop(key, None) or self._space(T, N, how, ranks)
+        slices, groups = 1, how.groups
+        if rows.order is None:
+            slices = -(-N // _chunk_rows(self.I, self.H, self.P, self.dtype))
+        if slices > 1:
+            groups = -(-how.groups // (slices * ranks)) * ranks
+        key = (T, N, slices, how.shares > 1, groups, ranks)
+        space = self._idle.pop(key, None) or self._space(*key)
         panels = self.network.natural_panels
         changing = (
             address(steps.x), *_strides(steps.x), address(steps.out), *_strides(steps.out), address(saved),
@@ -192,11 +201,11 @@ class Direction:
                 self._idle.clear()
             self._idle[key] = space
 
-    def _space(self, T: int, N: int, how: Strategy, ranks: int) -> BackwardSpace:
+    def _space(self, T: int, N: int, slices: int, units_apart: bool, groups: int, ranks: int) -> BackwardSpace:
         """Return the scratch and the plan of a backward of so many steps and rows."""
         I, P, H, size = self.I, self.P, self.H, self.dtype.itemsize
         chunk = chunk_steps(I, H, P, N, self.dtype)
-        most = min(chunk, T) * N
+        most = min(chunk, T) * -(-N // slices)
         projected = int(self.projected)
         parts = {
             "d_h": N * P * size, "d_c": N * H * size, "d_m": projected * N * H * size, "d_z": most * GATES * H * size,
@@ -209,7 +218,7 @@ class Direction:
             "T": T, "N": N, "P": P, "H": H, "reverse": int(self.reverse), "projected": projected, "parts": GATES,
             "zeros": address(self.zeros), "cell": entry(cell_kernel, self.dtype),
             "add": entry(add_kernel, self.dtype) if projected else 0,
-            "chunk": chunk, "units_apart": int(how.shares > 1), "groups": how.groups,
+            "chunk": chunk, "slices": slices, "units_apart": int(units_apart), "groups": groups,
             "ramp_p": address(self.ramp_p), "ramp_h": address(self.ramp_h),
         }  # fmt: skip
         return BackwardSpace(plan, parts, ranks, most, (GATES * H, I), self.dtype, self.ramp_i)
@@ -288,7 +297,16 @@ class LinearGradients:
         d_x, d_weight = np.empty_like(x), np.empty_like(self.weight)
         chunk = LARGE_CHUNK_ROWS if d_weight.nbytes > LARGE_GRADIENTS else CHUNK_ROWS
         ranks = threads.get_num_threads() if len(x) * d_weight.size > SERIAL_WORK else 1
-        plan = {"T": len(x), "N": 1, "reverse": 1, "linear": 1, "parts": 1, "chunk": chunk, "d_z": address(d_y)}
+        plan = {
+            "T": len(x),
+            "N": 1,
+            "reverse": 1,
+            "linear": 1,
+            "slices": 1,
+            "parts": 1,
+            "chunk": chunk,
+            "d_z": address(d_y),
+        }
         space = BackwardSpace(plan, {}, ranks, min(chunk, len(x)), (len(d_weight), I), x.dtype, self._ramp)
         given = (address(x), I) + (0,) * 14 + (address(d_x), I, 0, 0)
         space.run((*given, address(d_weight), 0, address(d_bias), 0, 0, address(self._panel)))
