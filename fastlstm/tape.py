@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -111,12 +112,9 @@ class _Recording:
     step is its output and, but for checkpoints, five numbers more.
     """
 
-    directions: Sequence[list[Direction]] = ()
-    layers: Sequence[list[list[_Segment]]] = ()  # of each layer, each direction
-
     def __init__(self, lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool) -> None:
         self.lstm, self.batched, self.x_shape = lstm, call.batched, call.x.shape
-        self.directions = lstm._training_weights()
+        self.directions: list[list[Direction]] = lstm._training_weights()
         self.T, self.N, self.every = call.T, call.N, every
         D, H, P = lstm._directions, lstm.hidden_size, lstm._output_size
         self.lengths = None
@@ -125,7 +123,8 @@ class _Recording:
             self.lengths[call.order] = call.lengths
         count = lstm.num_layers * D
         self.h_n, self.c_n = (np.empty((count, self.N, size), lstm.dtype) for size in (P, H))
-        self.layers = layers = []
+        self.layers: list[list[list[_Segment]]] = []  # of each layer, each direction
+        weakref.finalize(self, _give_back, self.directions, self.layers).atexit = False
         self.between: list[Array] = []  # outputs of all layers but the last
         self.masks: list[Array] = []  # of these
         self.keep = 1 - lstm.dropout
@@ -142,7 +141,7 @@ class _Recording:
                 h_0, c_0 = (None if s is None else np.array(s[index]) for s in call.state)
                 final = self.h_n[index], self.c_n[index]
                 segments.append(self._forward(direction, x, y[:, :, d * P :][:, :, :P], reset, (h_0, c_0), final))
-            layers.append(segments)
+            self.layers.append(segments)
             if not last:
                 x = y
                 self.between.append(y)
@@ -150,13 +149,6 @@ class _Recording:
                     self.masks.append(rng.random(y.shape, np.float32) < self.keep)
                     x = self._drop(y, k)
         self.output = output
-
-    def __del__(self) -> None:
-        for directions, layer in zip(self.directions, self.layers, strict=False):
-            for direction, segments in zip(directions, layer, strict=True):
-                for segment in segments:
-                    if segment.saved is not None:
-                        direction.give_back(segment.saved)
 
     def _time_major(self, array: Array) -> Array:
         """Return a view (T, N, ...) of an array that is laid out as the user's."""
@@ -278,6 +270,15 @@ class _Recording:
             if cut is not None:
                 d_initial[0][cut], d_initial[1][cut] = 0, 0
             d_state = d_initial[0].copy(), d_initial[1].copy()
+
+
+def _give_back(directions: list[list[Direction]], layers: list[list[list[_Segment]]]) -> None:
+    """Leave what a recording saved to the next one."""
+    for of_layer, layer in zip(directions, layers, strict=False):  # fewer layers where an error came between
+        for direction, segments in zip(of_layer, layer, strict=True):
+            for segment in segments:
+                if segment.saved is not None:
+                    direction.give_back(segment.saved)
 
 
 def record_lstm(lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool) -> Tape:

@@ -25,7 +25,7 @@ from numba import types
 from fastlstm.kernels.activations import tanh
 from fastlstm.kernels.panels import most_vectors
 from fastlstm.kernels.simd import I64, Builder, Pointer, Vec, fma, kernel, target
-from fastlstm.kernels.tile import GATES
+from fastlstm.kernels.tile import FETCHING_ROWS, GATES, KEPT
 
 __all__ = [
     "LEFT",
@@ -71,9 +71,12 @@ def pieces() -> tuple[Piece, ...]:
 
 def _chain(
     b: Builder, count: ir.Value, rows: Sequence[Pointer], a_step: ir.Value | None, panels: Sequence[Pointer],
-    line: ir.Value, vectors: int,
+    line: ir.Value, vectors: int, ahead: Pointer | None = None, ahead_step: ir.Value | None = None,
 ) -> list[Vec]:  # fmt: skip
-    """Return sums over k of rows[r][k] * panels[r][k][vector]; one panel for all rows, or one for each."""
+    """Return sums over k of rows[r][k] * panels[r][k][vector]; one panel for all rows, or one for each.
+
+    Meanwhile a cache line for each k comes to L2, from `ahead` on in steps of so many numbers.
+    """
     zeros = b.splat(ir.Constant(b.scalar, 0.0), b.lanes)
     pairs = [(r, v) for r in range(len(rows)) for v in range(vectors)]
     if len(rows) < GATES:  # rows are held and each weight is used as it comes: fewer registers
@@ -84,6 +87,8 @@ def _chain(
         weights = [[(at + v * b.lanes).load(b.lanes) for v in range(vectors)] for at in lines]
         offset = k if a_step is None else b.ir.mul(k, a_step)
         a = [(row + offset).broadcast(b.lanes) for row in rows]
+        if ahead is not None:
+            (ahead + b.ir.mul(k, ahead_step)).prefetch()
         after = list(before)
         for r, v in pairs:
             weight = weights[r if len(panels) > 1 else 0][v]
@@ -95,7 +100,7 @@ def _chain(
 
 def _multiply(
     b: Builder, rows: Sequence[Pointer], a_step: ir.Value | None, depth: ir.Value, panels: Sequence[Pointer],
-    line: ir.Value, vectors: int,
+    line: ir.Value, vectors: int, ahead: Pointer | None = None, ahead_step: ir.Value | None = None,
 ) -> list[Vec]:  # fmt: skip
     """Return the sums of `_chain` in segments of 64 or 128, each added when it is complete."""
     length = b.ir.select(b.ir.icmp_signed("<=", depth, I64(256)), I64(64), I64(128))
@@ -106,7 +111,8 @@ def _multiply(
         count = b.ir.select(b.ir.icmp_signed("<", rest, length), rest, length)
         offset = first if a_step is None else b.ir.mul(first, a_step)
         at = [panel + b.ir.mul(first, line) for panel in panels]
-        parts = _chain(b, count, [row + offset for row in rows], a_step, at, line, vectors)
+        lines = ahead if ahead is None else ahead + b.ir.mul(first, ahead_step)
+        parts = _chain(b, count, [row + offset for row in rows], a_step, at, line, vectors, lines, ahead_step)
         return [total + part for total, part in zip(totals, parts, strict=True)]
 
     zeros = b.splat(ir.Constant(b.scalar, 0.0), b.lanes)
@@ -115,24 +121,26 @@ def _multiply(
 
 
 def _emit_multiply(
-    b: Builder, piece: Piece, tiles, a, a_rows, a_step, depth, parts, panel, line, out, out_rows, valid, add
-) -> None:
+    b: Builder, piece: Piece, tiles, a, a_rows, a_step, depth, parts, panel, line, out, out_rows, valid, add,
+    ahead, ahead_step,
+) -> None:  # fmt: skip
     """Emit out[row] (+)= sum over k of a[row][k] * panel[k] for `tiles` tiles, one below the other.
 
     a : rows at `a_rows`, parts * depth numbers each; or, read down, (depth, rows) with lines `a_step` apart.
     panel : (parts * depth, vectors), lines `line` apart.  out : rows at `out_rows`, the first `valid` numbers of each.
     add : 1 adds to what is there, 0 does not read it.  Each part is a sum of its own.
+    ahead : what comes to L2 meanwhile where many rows are read along: a line for each k, `ahead_step` numbers apart.
     """
     vectors = piece.vectors
 
     def tile(i: ir.Value, _: list[Vec]) -> list[Vec]:
         row0 = b.ir.mul(i, I64(piece.rows))
         base = b.pointer(panel)
+        for to in _table(b, b.pointer(out), out_rows, row0, piece.rows):
+            for v in range(vectors):
+                (to + v * b.lanes).prefetch(write=True)
         if piece.down:
             first = b.pointer(a) + row0
-            for to in _table(b, b.pointer(out), out_rows, row0, piece.rows):
-                for v in range(vectors):
-                    (to + v * b.lanes).prefetch()
             sums = _multiply(b, [first + r for r in range(piece.rows)], a_step, depth, [base], line, vectors)
         elif piece.lockstep:
             (row,) = _table(b, b.pointer(a), a_rows, row0, 1)
@@ -150,7 +158,13 @@ def _emit_multiply(
             def one_part(part: ir.Value, totals: list[Vec]) -> list[Vec]:
                 start = b.ir.mul(part, depth)
                 at = [base + b.ir.mul(start, line)]
-                chains = _multiply(b, [row + start for row in rows], None, depth, at, line, vectors)
+                lines = None
+                if piece.rows >= FETCHING_ROWS:
+                    before = b.ir.mul(depth, b.ir.add(b.ir.mul(i, parts), part))
+                    lines = b.pointer(ahead) + b.ir.mul(before, ahead_step)
+                chains = _multiply(
+                    b, [row + start for row in rows], None, depth, at, line, vectors, lines, ahead_step
+                )  # fmt: skip
                 return [total + chain for total, chain in zip(totals, chains, strict=True)]
 
             zeros = b.splat(ir.Constant(b.scalar, 0.0), b.lanes)
@@ -206,7 +220,7 @@ def _emit_cell(
             def load(pointer: Pointer) -> Vec:
                 return (pointer + unit).load_first(b.lanes, valid)
 
-            i, f, g, o, c_new = (load(kept + b.ir.mul(H, I64(which))) for which in range(5))
+            i, f, g, o, c_new = (load(kept + b.ir.mul(H, I64(which))) for which in range(KEPT))
             d_m = load(carried) + load(given)
             t = tanh(c_new).value()
             d_cell = fma(d_m * o, 1.0 - t * t, load(d_c_at))
@@ -269,7 +283,7 @@ def _emit_add(b: Builder, _: object, rows, count, left, left_stride, right, righ
 
 def multiply_kernel(dtype: np.dtype):
     """Describe the product's tile: of an int64 table, the piece and what `_emit_multiply` takes."""
-    tile = kernel(dtype, "multiply", 12, _emit_multiply, pieces())
+    tile = kernel(dtype, "multiply", 14, _emit_multiply, pieces())
 
     def multiply(table):
         tile(table)

@@ -26,6 +26,7 @@ from fastlstm.kernels.activations import sigmoid, tanh
 from fastlstm.kernels.simd import I1, I64, Builder, Pointer, Vec, bundle, concat, fma, kernel, target
 
 __all__ = [
+    "FETCHING_ROWS",
     "GATES",
     "Blocking",
     "Shape",
