@@ -266,7 +266,7 @@ class _Recording:
             started = segment is not segments[-1]
             direction.backward(steps, saved, part, d_state, d_initial, d_x[first:last], add_x, d_w, started)
             if segment.saved is None:
-                direction.give_back(saved)
+                direction.spare.give_back(saved)
             if cut is not None:
                 d_initial[0][cut], d_initial[1][cut] = 0, 0
             d_state = d_initial[0].copy(), d_initial[1].copy()
@@ -278,7 +278,7 @@ def _give_back(directions: list[list[Direction]], layers: list[list[list[_Segmen
         for direction, segments in zip(of_layer, layer, strict=True):
             for segment in segments:
                 if segment.saved is not None:
-                    direction.give_back(segment.saved)
+                    direction.spare.give_back(segment.saved)
 
 
 def record_lstm(lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool) -> Tape:

@@ -1546,10 +1546,13 @@ def test_a_tape_keeps_no_argument_alive() -> None:
 
 
 def test_checkpoints_take_a_fraction_of_the_memory() -> None:
-    training = draw_training(Case(T=20_000, N=1, I=8, H=64, state=False))
+    case = Case(T=20_000, N=1, I=8, H=64, state=False)
     gradients, peaks = [], []
     for every in (None, 100):
-        training.record(checkpoint_every=every)
+        draw_training(case).record(
+            checkpoint_every=every
+        )  # kernels are loaded; a layer has the memory of its last tape
+        training = draw_training(case)
         tape, _, peak = traced(lambda every=every: training.record(checkpoint_every=every))
         found, _, peak_backward = traced(lambda tape=tape: training.backward(tape))
         gradients.append(found)
@@ -1612,6 +1615,29 @@ def test_a_tape_is_given_back_at_once() -> None:
         gc.enable()
     assert kept < 300_000
     assert peak < 20e6  # one tape has 6 MB
+
+
+def test_a_tape_has_the_memory_of_one_that_is_gone() -> None:
+    """And of none that is still there."""
+    layer, rng = LSTM(3, 40, 2, bidirectional=True, rng=0), np.random.default_rng(0)
+    xs = [rng.standard_normal((T, 5, 3)).astype(np.float32) for T in (9, 9, 4, 30, 9)]
+
+    def gradients(tape: Tape) -> list[bytes]:
+        found = tape.backward(tape.output)
+        return [found.x.tobytes(), *(array.tobytes() for array in found.params.values())]
+
+    def rooms(tape: Tape) -> set[int]:
+        recording = tape._backward.__self__  # type: ignore[attr-defined]
+        return {segment.saved.ctypes.data for layer in recording.layers for segments in layer for segment in segments}
+
+    alone = [gradients(copy.deepcopy(layer).record(x)) for x in xs]
+    tapes = [layer.record(x) for x in xs]
+    assert len(set.union(*map(rooms, tapes))) == 4 * len(xs)
+    assert [gradients(tape) for tape in tapes] == alone
+    gone = rooms(tapes.pop(1))
+    tapes.append(layer.record(xs[1]))
+    assert rooms(tapes[-1]) == gone
+    assert [gradients(tape) for tape in tapes] == [alone[i] for i in (0, 2, 3, 4, 1)]
 
 
 def test_weights_that_were_replaced_are_given_back_at_once() -> None:

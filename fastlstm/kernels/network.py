@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from fastlstm.kernels.call import bind
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import (
     Packing,
+    Spare,
     address,
     aligned,
     columns_panel,
@@ -52,6 +54,7 @@ MIN_FULL = 6  # rows: as many as a tile has; from there on the step's own tile i
 HOISTED_BYTES = 256 << 10  # of z for the steps of a chunk
 GIVEN = [list(PLAN.names or ()).index(name) for name in ("weights", "h_0", "c_0", "saved")]  # may differ in each call
 KEPT_WORKSPACES, KEPT_SCRATCH = 4, 2 << 20  # how many, and up to how many bytes each, outlive their call
+KEPT_PANELS = 128 << 20  # bytes of training's panels that outlive their weights
 
 
 class Sizes(NamedTuple):
@@ -118,6 +121,7 @@ class Network:
         }  # fmt: skip
         self._plan = plan
         self._natural = natural
+        self._spare = Spare(KEPT_PANELS) if natural else None
         self._packing = self._describe_packing(natural)
         self._depths = [
             sizes.I if layer == 0 else sizes.D * sizes.P for layer in range(sizes.L) for _ in range(sizes.D)
@@ -159,7 +163,9 @@ class Network:
                     matrices.append(params["weight_hr" + name])
                 found += [bias, *matrices]
                 others += matrices
-        self._buffer, addresses = self._packing.make(found + others * self._natural)
+        self._buffer, addresses = self._packing.make(found + others * self._natural, self._spare)
+        if self._spare and self._buffer.nbytes > L2_BYTES:
+            weakref.finalize(self, self._spare.give_back, self._buffer).atexit = False
         self.natural_panels = addresses[len(found) :]
         each = len(found) // (s.L * s.D)
         self._weights = np.zeros((s.L * s.D, len(WEIGHT_FIELDS)), np.int64)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from fastlstm.kernels.call import bind
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.gradient_tile import LEFT, add_kernel, cell_kernel, multiply_kernel, pack_kernel
 from fastlstm.kernels.network import Network, Sizes, Strategy, choose_strategy, deal_rows
-from fastlstm.kernels.panels import Packing, address, aligned, natural_panel
+from fastlstm.kernels.panels import Packing, Spare, address, aligned, natural_panel
 from fastlstm.kernels.product import SERIAL_WORK, Product
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.simd import target
@@ -31,7 +30,7 @@ CHUNK_ROWS = 256  # of d_z in a chunk, so that d_W is a product of some depth an
 LARGE_GRADIENTS = 4 << 20  # bytes of d_W that had better not be read at every chunk
 LARGE_CHUNK_ROWS = 512
 KEPT_SPACES = 4
-KEPT_SPACE, KEPT_ROOM = 8 << 20, 64 << 20  # bytes left to the next call: fresh pages cost ocr a quarter of the time
+KEPT_SPACE, KEPT_ROOM = 8 << 20, 64 << 20  # bytes of a scratch and of a tape that are left to the next call
 
 
 class Rows(NamedTuple):
@@ -109,7 +108,7 @@ class Direction:
         ramp = np.arange(GATES * self.H, dtype=np.int64)
         self.ramp_i, self.ramp_p, self.ramp_h = ramp * self.I, ramp * self.P, ramp[: self.P] * self.H
         self._idle: dict[tuple[Any, ...], BackwardSpace] = {}
-        self._spare: list[Array] = []
+        self.spare = Spare(KEPT_ROOM)  # of tapes
         self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, own, reverse, natural=True)
 
     def _own(self, params: Mapping[str, Array]) -> dict[str, Array]:
@@ -127,21 +126,8 @@ class Direction:
         return choose_strategy(self.network, N, T, threads.get_num_threads(), lengths)
 
     def room(self, T: int, N: int) -> Array:
-        """Return room for the (T, N, 5, H) that the backward needs, or more: what a tape has given back, if that does.
-
-        It begins on a cache line, so that a register is written to one line.
-        """
-        size = T * N * KEPT * self.H
-        with suppress(IndexError):
-            spare = self._spare.pop()
-            if spare.size >= size:
-                return spare
-        return aligned(size, self.dtype)
-
-    def give_back(self, room: Array) -> None:
-        """Leave the room of a tape that is gone to the next one."""
-        if room.nbytes <= KEPT_ROOM:
-            self._spare[:] = [room]
+        """Return room for the (T, N, 5, H) that the backward needs, or more; to be given back to `spare`."""
+        return self.spare.take(T * N * KEPT * self.H, self.dtype)
 
     def forward(self, steps: Steps, h_n: Array, c_n: Array, saved: Array | None) -> None:
         """Run some steps: writes `steps.out`, h_n (N, P), c_n (N, H), and to its `room` what the backward needs."""
