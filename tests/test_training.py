@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from test_guest import CHILD, COMPILES, QUICK, can_fork, loads
 import fastlstm
 from fastlstm import LSTM, Linear, Sequential, reference, threads
 from fastlstm.bench.cases import CASES
+from fastlstm.tape import Tape
 
 by_name = {"ids": str}
 some = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -1549,12 +1551,10 @@ def test_checkpoints_take_a_fraction_of_the_memory() -> None:
     case = Case(T=20_000, N=1, I=8, H=64, state=False)
     gradients, peaks = [], []
     for every in (None, 100):
-        draw_training(case).record(
-            checkpoint_every=every
-        )  # kernels are loaded; a layer has the memory of its last tape
+        draw_training(case).record(checkpoint_every=every)  # kernels are loaded; and a layer keeps what a tape had
         training = draw_training(case)
-        tape, _, peak = traced(lambda every=every: training.record(checkpoint_every=every))
-        found, _, peak_backward = traced(lambda tape=tape: training.backward(tape))
+        tape, _, peak = traced(partial(training.record, checkpoint_every=every))
+        found, _, peak_backward = traced(partial(training.backward, tape))
         gradients.append(found)
         peaks.append((peak, peak_backward))
     assert_same_gradients(gradients[1], gradients[0])
