@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -124,7 +123,6 @@ class _Recording:
         count = lstm.num_layers * D
         self.h_n, self.c_n = (np.empty((count, self.N, size), lstm.dtype) for size in (P, H))
         self.layers: list[list[list[_Segment]]] = []  # of each layer, each direction
-        weakref.finalize(self, _give_back, self.directions, self.layers).atexit = False
         self.between: list[Array] = []  # outputs of all layers but the last
         self.masks: list[Array] = []  # of these
         self.keep = 1 - lstm.dropout
@@ -149,6 +147,14 @@ class _Recording:
                     self.masks.append(rng.random(y.shape, np.float32) < self.keep)
                     x = self._drop(y, k)
         self.output = output
+
+    def __del__(self) -> None:
+        """Leave what was saved to the next recording; fewer layers where an error came between."""
+        for directions, layer in zip(self.directions, getattr(self, "layers", ()), strict=False):
+            for direction, segments in zip(directions, layer, strict=True):
+                for segment in segments:
+                    if segment.saved is not None:
+                        direction.spare.give_back(segment.saved)
 
     def _time_major(self, array: Array) -> Array:
         """Return a view (T, N, ...) of an array that is laid out as the user's."""
@@ -242,7 +248,7 @@ class _Recording:
             if k and lstm.dropout:
                 d_out = self._drop(to, k - 1)
         state = (d_h_0, d_c_0) if self.batched else (d_h_0[:, 0], d_c_0[:, 0])
-        return Gradients(d_x, state, {name: found[name] for name in lstm._shapes()})
+        return Gradients(d_x, state, {name: found[name] for name in lstm._params})
 
     def _backward(
         self, direction: Direction, segments: list[_Segment], x: Array | None, d_out: Array | None, d_state: Pair,
@@ -269,16 +275,8 @@ class _Recording:
                 direction.spare.give_back(saved)
             if cut is not None:
                 d_initial[0][cut], d_initial[1][cut] = 0, 0
-            d_state = d_initial[0].copy(), d_initial[1].copy()
-
-
-def _give_back(directions: list[list[Direction]], layers: list[list[list[_Segment]]]) -> None:
-    """Leave what a recording saved to the next one."""
-    for of_layer, layer in zip(directions, layers, strict=False):  # fewer layers where an error came between
-        for direction, segments in zip(of_layer, layer, strict=True):
-            for segment in segments:
-                if segment.saved is not None:
-                    direction.spare.give_back(segment.saved)
+            if segment is not segments[0]:
+                d_state = d_initial[0].copy(), d_initial[1].copy()
 
 
 def record_lstm(lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool) -> Tape:

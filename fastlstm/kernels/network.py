@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -130,7 +129,8 @@ class Network:
 
     def repacked(self, params: Mapping[str, Array]) -> Network:
         """Return a network like this one with other weights."""
-        network = copy.copy(self)
+        network = Network.__new__(Network)
+        network.__dict__ |= self.__dict__
         network._pack(params)
         return network
 
@@ -168,10 +168,10 @@ class Network:
             weakref.finalize(self, self._spare.give_back, self._buffer).atexit = False
         self.natural_panels = addresses[len(found) :]
         each = len(found) // (s.L * s.D)
-        self._weights = np.zeros((s.L * s.D, len(WEIGHT_FIELDS)), np.int64)
+        self._weights = np.empty((s.L * s.D, len(WEIGHT_FIELDS)), np.int64)
         self._weights[:, 0] = self._depths
-        self._weights_at = address(self._weights)
         self._weights[:, 1 : 1 + each] = addresses[: len(found)].reshape(-1, each)
+        self._weights_at = address(self._weights)
 
     def _fits_tile(self, rows: int) -> bool:
         """Return whether one tile holds all hidden units of a group of rows."""

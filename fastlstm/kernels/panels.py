@@ -177,21 +177,22 @@ class Packing:
         self._which = np.array([i for i, panel in enumerate(panels) for _ in panel.parts])
         self._jobs = np.array([part for panel in panels for part in panel.parts], np.int64)
         self._jobs[:, :2] *= dtype.itemsize
+        self._jobs[:, 1] += self._starts[self._which]
 
     def make(self, weights: Sequence[Array], spare: Spare | None = None) -> tuple[Array, Array]:
         """Return a buffer with the panels of C-contiguous weights, and the panels' addresses."""
         buffer = spare.take(self._size, self.dtype) if spare else aligned(self._size, self.dtype)
-        found: Array = self._starts + address(buffer)
+        base = address(buffer)
         jobs = self._jobs.copy()
         jobs[:, 0] += np.array([address(weight) for weight in weights])[self._which]
-        jobs[:, 1] += found[self._which]
+        jobs[:, 1] += base
         ranks = threads.get_num_threads() if buffer.nbytes > PARALLEL_BYTES else 1
         counters = np.zeros(2 * LINE, np.uint8)
         plan = np.array([entry(panels_kernel, self.dtype), address(jobs), len(jobs), ranks, address(counters)])
         if ranks == 1 or not run_region(plan, ranks):
             plan[3] = 1
             bind(plan)(jobs, jobs)
-        return buffer, found
+        return buffer, self._starts + base
 
 
 def _transpose(b: Builder, rows: list[Vec]) -> list[Vec]:

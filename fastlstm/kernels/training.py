@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -117,7 +116,8 @@ class Direction:
 
     def repacked(self, params: Mapping[str, Array]) -> Direction:
         """Return a direction like this one with other weights."""
-        direction = copy.copy(self)
+        direction = Direction.__new__(Direction)
+        direction.__dict__ |= self.__dict__
         direction.network = self.network.repacked(self._own(params))
         return direction
 
