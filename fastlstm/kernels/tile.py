@@ -287,12 +287,17 @@ def _emit_advance(
 
         def tile(i: ir.Value, _: list[Vec]) -> list[Vec]:
             row0 = b.ir.mul(i, I64(shape.rows))
+            units = range(0, sum(shape.blocks), b.lanes)
+            if shape.rows >= FETCHING_ROWS:  # wide gains 6%, b256 2%
+                for to in _rows(b, out_base, out_rows, row0, shape.rows):
+                    for unit in units:
+                        (to + unit).prefetch(write=True)
             record = None
             if recorded:
                 record = _Record(_strided(b, saved_at, saved_stride, row0, shape.rows), H, saved_valid)
                 for to in record.rows:
                     for which in range(KEPT):
-                        for unit in range(0, sum(shape.blocks), b.lanes):
+                        for unit in units:
                             (to + b.ir.add(b.ir.mul(H, I64(which)), I64(unit))).prefetch(write=True)
             sums = [_load_all(p, sum(widths), b.lanes) for p in _strided(b, start_at, start_stride, row0, shape.rows)]
             ahead = _ahead(b, shape, a_next_panel, a_depth, i)
