@@ -394,13 +394,12 @@ class LSTM(Layer, SequenceModel):
         names: tuple[str, str] = ("h_0", "c_0"),
     ) -> tuple[Array | None, Array | None]:
         """Return the two arrays of a state, or of its gradient, of which either may be None."""
-        pair = f"({', '.join(names)})"
         if state is None:
             return None, None
         if not isinstance(state, (tuple, list)):
-            raise TypeError(f"`{argument}` must be a pair {pair}, got {type(state).__name__}")
+            raise TypeError(f"`{argument}` must be a pair ({', '.join(names)}), got {type(state).__name__}")
         if len(state) != 2:
-            raise ValueError(f"`{argument}` must be a pair {pair}, got {len(state)} arrays")
+            raise ValueError(f"`{argument}` must be a pair ({', '.join(names)}), got {len(state)} arrays")
         count, P, H = self.num_layers * self._directions, self._output_size, self.hidden_size
         checked: list[Array | None] = []
         for name, value, last, size in zip(names, state, "PH", (P, H), strict=True):
@@ -408,8 +407,9 @@ class LSTM(Layer, SequenceModel):
                 checked.append(None)
                 continue
             array = as_array(f"{argument}: {name}", value, self.dtype)
-            symbols, shape = (f"(L*D, N, {last})", (count, N, size)) if batched else (f"(L*D, {last})", (count, size))
+            shape = (count, N, size) if batched else (count, size)
             if array.shape != shape:
+                symbols = f"(L*D, N, {last})" if batched else f"(L*D, {last})"
                 raise ValueError(f"`{argument}`: {name} must have shape {symbols} = {shape}, got {array.shape}")
             checked.append(array.reshape(count, N, size))
         return checked[0], checked[1]

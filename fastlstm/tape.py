@@ -138,7 +138,7 @@ class _Recording:
                 index = k * D + d
                 h_0, c_0 = (None if s is None else np.array(s[index]) for s in call.state)
                 final = self.h_n[index], self.c_n[index]
-                segments.append(self._forward(direction, x, y[:, :, d * P :][:, :, :P], reset, (h_0, c_0), final))
+                segments.append(self._forward(direction, x, y[:, :, d * P : (d + 1) * P], reset, (h_0, c_0), final))
             self.layers.append(segments)
             if not last:
                 x = y
@@ -168,10 +168,10 @@ class _Recording:
 
     def _cuts(self, direction: Direction) -> Iterator[tuple[int, int]]:
         """Yield the first and last step of each segment, in the direction's own order."""
-        from fastlstm.kernels.training import chunk_steps
-
         T, length = self.T, self.T
         if self.every is not None:  # whole chunks, so that the sums are the same as without checkpoints
+            from fastlstm.kernels.training import chunk_steps
+
             chunk = chunk_steps(direction.I, direction.H, direction.P, self.N, direction.dtype)
             length = -(-self.every // chunk) * chunk
         for first in range(0, T, length):
@@ -236,7 +236,7 @@ class _Recording:
             x = self._drop(self.between[k - 1], k - 1) if k and self.masks else None
             for d, direction in enumerate(self.directions[k]):
                 index = k * D + d
-                part = None if d_out is None else d_out[:, :, d * P :][:, :, :P]
+                part = None if d_out is None else d_out[:, :, d * P : (d + 1) * P]
                 d_w = direction.gradients()
                 d_last: Pair = tuple(None if s is None else s[index] for s in d_final)  # type: ignore[assignment]
                 initial = d_h_0[index], d_c_0[index]

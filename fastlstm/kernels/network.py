@@ -166,7 +166,7 @@ class Network:
         self._buffer, addresses = self._packing.make(found + others * self._natural, self._spare)
         if self._spare and self._buffer.nbytes > L2_BYTES:
             weakref.finalize(self, self._spare.give_back, self._buffer).atexit = False
-        self.natural_panels = addresses[len(found) :]
+        self.natural_panels = addresses[len(found) :].tolist()
         each = len(found) // (s.L * s.D)
         self._weights = np.empty((s.L * s.D, len(WEIGHT_FIELDS)), np.int64)
         self._weights[:, 0] = self._depths

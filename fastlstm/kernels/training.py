@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -256,7 +257,7 @@ class BackwardSpace:
 
     def run(self, changing: tuple[int, ...]) -> None:
         """Run the plan with the fields from `x` on, in a parallel region or on this thread."""
-        self.plan[FIRST_CHANGING : FIRST_CHANGING + len(changing)] = changing
+        struct.pack_into(f"{len(changing)}q", self.plan.data, FIRST_CHANGING, *changing)  # a third of NumPy's time
         if self.ranks > 1:
             self._counters[:] = 0
             if run_region(self.plan, self.ranks):
@@ -265,7 +266,7 @@ class BackwardSpace:
 
 
 _nothing = np.empty(0)
-FIRST_CHANGING = list(PLAN.names or ()).index("x")
+FIRST_CHANGING = list(PLAN.names or ()).index("x") * 8  # bytes
 
 
 class LinearGradients:
