@@ -32,7 +32,7 @@ from fastlstm.kernels.team import (
     record_at,
     set_integer,
 )
-from fastlstm.kernels.tile import GATES, KEPT
+from fastlstm.kernels.tile import FETCHING_ROWS, GATES, KEPT
 
 __all__ = ["DOWN_DEPTH", "PLAN", "STATE", "TABLES", "backward_kernel"]
 
@@ -263,9 +263,9 @@ def backward_kernel(dtype: np.dtype):
         """
         t = time(p, q, q.j)
         d_h = p.d_h + row0 * p.P * size
-        before = time(p, q, q.j + 2)
         ahead, ahead_step = p.zeros, 0
-        if not p.units_apart and 0 <= before < p.T:
+        before = time(p, q, q.j + 2)
+        if rows >= FETCHING_ROWS and not p.units_apart and 0 <= before < p.T:
             ahead = p.saved + (before * p.N + row0) * KEPT * p.H * size
             multiplications = (rows + most[0, widest] - 1) // most[0, widest] * count_blocks(p.P) * GATES * p.H
             ahead_step = rows * KEPT * p.H // multiplications + 1

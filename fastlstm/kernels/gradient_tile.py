@@ -136,9 +136,10 @@ def _emit_multiply(
     def tile(i: ir.Value, _: list[Vec]) -> list[Vec]:
         row0 = b.ir.mul(i, I64(piece.rows))
         base = b.pointer(panel)
-        for to in _table(b, b.pointer(out), out_rows, row0, piece.rows):
-            for v in range(vectors):
-                (to + v * b.lanes).prefetch(write=True)
+        if piece.down or piece.rows >= FETCHING_ROWS:
+            for to in _table(b, b.pointer(out), out_rows, row0, piece.rows):
+                for v in range(vectors):
+                    (to + v * b.lanes).prefetch(write=True)
         if piece.down:
             first = b.pointer(a) + row0
             sums = _multiply(b, [first + r for r in range(piece.rows)], a_step, depth, [base], line, vectors)

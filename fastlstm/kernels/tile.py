@@ -295,7 +295,7 @@ def _emit_advance(
             record = None
             if recorded:
                 record = _Record(_strided(b, saved_at, saved_stride, row0, shape.rows), H, saved_valid)
-                for to in record.rows:
+                for to in record.rows if shape.rows >= FETCHING_ROWS else []:
                     for which in range(KEPT):
                         for unit in units:
                             (to + b.ir.add(b.ir.mul(H, I64(which)), I64(unit))).prefetch(write=True)
