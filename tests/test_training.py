@@ -1617,6 +1617,24 @@ def test_a_tape_is_given_back_at_once() -> None:
     assert peak < 20e6  # one tape has 6 MB
 
 
+@pytest.mark.parametrize("N", [257, 700])
+def test_large_batches_have_the_same_bits(N: int) -> None:
+    """Which go backward in slices: for any number of threads, and with checkpoints."""
+    layer, rng = LSTM(7, 20, 2, bidirectional=True, rng=0), np.random.default_rng(0)
+    x = rng.standard_normal((3, N, 7)).astype(np.float32)
+    d_output = rng.standard_normal((3, N, 40)).astype(np.float32)
+    found, before = set(), threads.get_num_threads()
+    try:
+        for count in (1, 2):
+            fastlstm.set_num_threads(count)
+            for every in (None, 1, 2):
+                gradients = layer.record(x, checkpoint_every=every).backward(d_output)
+                found.add(b"".join(a.tobytes() for a in (gradients.x, *gradients.state, *gradients.params.values())))
+    finally:
+        fastlstm.set_num_threads(before)
+    assert len(found) == 1
+
+
 def test_a_tape_has_the_memory_of_one_that_is_gone() -> None:
     """And of none that is still there."""
     layer, rng = LSTM(3, 40, 2, bidirectional=True, rng=0), np.random.default_rng(0)

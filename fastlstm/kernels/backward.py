@@ -265,7 +265,7 @@ def backward_kernel(dtype: np.dtype):
         d_h = p.d_h + row0 * p.P * size
         ahead, ahead_step = p.zeros, 0
         before = time(p, q, q.j + 2)
-        if rows >= FETCHING_ROWS and not p.units_apart and 0 <= before < p.T:
+        if rows >= FETCHING_ROWS and p.slices == 1 and not p.units_apart and 0 <= before < p.T:
             ahead = p.saved + (before * p.N + row0) * KEPT * p.H * size
             multiplications = (rows + most[0, widest] - 1) // most[0, widest] * count_blocks(p.P) * GATES * p.H
             ahead_step = rows * KEPT * p.H // multiplications + 1
@@ -475,12 +475,11 @@ def backward_kernel(dtype: np.dtype):
         q.kind, q.done, q.j = LOAD, 0, 0
         if not p.linear:
             run_phase(p, q)
-        for slice_ in range(p.slices):
-            q.first, q.last = p.N * slice_ // p.slices, p.N * (slice_ + 1) // p.slices
-            q.done = 0
-            while q.done < p.T:
-                head = p.T % p.chunk  # chunks count in the forward's order: its last, the first here, may be short
-                q.steps = head if q.done == 0 and head > 0 else p.chunk
+        while q.done < p.T:
+            head = p.T % p.chunk  # chunks count in the forward's order: its last, the first here, may be short
+            q.steps = head if q.done == 0 and head > 0 else p.chunk
+            for slice_ in range(p.slices):  # within a chunk, so that checkpoints leave the order of a sum as it is
+                q.first, q.last = p.N * slice_ // p.slices, p.N * (slice_ + 1) // p.slices
                 q.rows = 0
                 for j in range(q.steps):
                     q.rows += count_all(p, q, time(p, q, j))
@@ -504,7 +503,7 @@ def backward_kernel(dtype: np.dtype):
                 run_phase(p, q)
                 q.kind = GRADIENTS
                 run_phase(p, q)
-                q.done += q.steps
+            q.done += q.steps
         q.kind = SAVE
         if not p.linear:
             run_phase(p, q)
