@@ -78,7 +78,7 @@ def float_dtype(dtype: object) -> np.dtype[Any]:
     """Return float32 or float64 in the machine's byte order."""
     try:
         found = np.dtype(cast(Any, "None" if dtype is None else dtype))  # to NumPy None is float64
-    except TypeError:
+    except Exception:  # NumPy parses a string, with a SyntaxError for "01"
         raise TypeError(f"`dtype` must be float32 or float64, got {dtype!r}") from None
     if found not in (np.float32, np.float64):
         raise ValueError(f"`dtype` must be float32 or float64, got {found}")
