@@ -7,6 +7,7 @@ import statistics
 import sys
 import timeit
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def make_lstm(problem: Any, threads: str = "all") -> fastlstm.LSTM:
     lstm = fastlstm.LSTM(case.I, case.H, case.L, bidirectional=case.D == 2)
     lstm.load_state_dict(problem.weights)
     return lstm
+
+
+def find_peak(threads: str) -> Callable[[], float]:
+    """Return what measures the peak in GFLOP/s, on one thread or on as many as the layers use."""
+    measure = getattr(import_module("fastlstm.kernels"), "measure_peak", None)
+    if measure is None:
+        raise NotImplementedError("this commit cannot measure the peak")
+    return lambda: measure("float32", 1 if threads == "1" else fastlstm.get_num_threads())
 
 
 def exact(problem: Any, rows: Any = slice(None)) -> Any:

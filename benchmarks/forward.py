@@ -7,18 +7,25 @@ from functools import partial
 from .common import SEQUENCES, STREAMS, THREADS, Benchmark, check, make_lstm, make_problem, repetitions
 
 
-class Forward(Benchmark):
-    """A call, into a given output."""
+class Called(Benchmark):
+    """A call on a whole batch, into a given output."""
 
     params = [SEQUENCES, THREADS]
     param_names = ["case", "threads"]
 
     def prepare(self, case, threads):
-        problem = make_problem(case)
+        self.problem = problem = make_problem(case)
         lstm = make_lstm(problem, threads)
         out, _ = lstm(problem.x)
         check(problem, out)
         self.call = partial(lstm, problem.x, out=out)
+
+
+class Forward(Called):
+    """That call."""
+
+    def prepare(self, case, threads):
+        super().prepare(case, threads)
         self.number = repetitions(self.call)
 
     def time_forward(self, case, threads):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import numpy as np
 from llvmlite import binding
 
@@ -11,7 +9,7 @@ import fastlstm
 from fastlstm import config
 from fastlstm.bench.compare import RECORDED_FEATURES
 
-from .common import THREADS
+from .common import THREADS, find_peak
 
 LAYERS = ["tbb", "omp", "workqueue"]
 
@@ -39,12 +37,10 @@ class Peak:
     unit = "GFLOP/s"
 
     def setup(self, threads):
-        self.measure = getattr(import_module("fastlstm.kernels"), "measure_peak", None)
-        if self.measure is None:
-            raise NotImplementedError("this commit cannot measure the peak")
+        self.peak = find_peak(threads)
 
     def track_peak(self, threads):
-        return self.measure("float32", 1 if threads == "1" else fastlstm.get_num_threads())
+        return self.peak()
 
 
 class Feature:

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import statistics
 import timeit
-from importlib import import_module
 
-from fastlstm import get_num_threads
-
-from .common import SEQUENCES, THREADS, Benchmark, check, make_lstm, make_problem, repetitions
+from .common import find_peak, repetitions
+from .forward import Called
 
 
-class Share(Benchmark):
+class Share(Called):
     """What of the peak a call reaches; its matrix products count, sigmoid and tanh do not."""
 
-    params = [SEQUENCES, THREADS]
-    param_names = ["case", "threads"]
     unit = "%"
 
     def prepare(self, case, threads):
-        measure_peak = getattr(import_module("fastlstm.kernels"), "measure_peak", None)
-        if measure_peak is None:
-            raise NotImplementedError("this commit cannot measure the peak")
-        self.problem = make_problem(case)
-        lstm = make_lstm(self.problem, threads)
-        out, _ = lstm(self.problem.x)
-        check(self.problem, out)
-        self.call = lambda: lstm(self.problem.x, out=out)
-        self.peak = lambda: measure_peak("float32", 1 if threads == "1" else get_num_threads())
+        self.peak = find_peak(threads)
+        super().prepare(case, threads)
 
     def track_share(self, case, threads):
         number = repetitions(self.call)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from fastlstm import reference
 
 from .backward import Recorded
-from .common import SEQUENCES, THREADS, Benchmark, check, exact, make_lstm, make_problem, ratio
+from .common import SEQUENCES, Benchmark, exact, make_lstm, make_problem, ratio
+from .forward import Called
 
 
 class _Speedup:
@@ -28,19 +31,12 @@ class _Speedup:
     track_speedup.unit = track_relative_time.unit = "x"
 
 
-class Forward(_Speedup, Benchmark):
+class Forward(_Speedup, Called):
     """A call on a whole batch."""
 
-    params = [SEQUENCES, THREADS]
-    param_names = ["case", "threads"]
-
     def prepare(self, case, threads):
-        problem = make_problem(case)
-        lstm = make_lstm(problem, threads)
-        out, _ = lstm(problem.x)
-        check(problem, out)
-        self.call = lambda: lstm(problem.x, out=out)
-        self.reference = lambda: reference.forward(problem.weights, problem.x)
+        super().prepare(case, threads)
+        self.reference = partial(reference.forward, self.problem.weights, self.problem.x)
 
 
 class Training(_Speedup, Recorded):

@@ -112,6 +112,7 @@ class _Recording:
     """
 
     def __init__(self, lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool) -> None:
+        self.layers: list[list[list[_Segment]]] = []  # of each layer, each direction
         self.lstm, self.batched, self.x_shape = lstm, call.batched, call.x.shape
         self.directions: list[list[Direction]] = lstm._training_weights()
         self.T, self.N, self.every = call.T, call.N, every
@@ -122,7 +123,6 @@ class _Recording:
             self.lengths[call.order] = call.lengths
         count = lstm.num_layers * D
         self.h_n, self.c_n = (np.empty((count, self.N, size), lstm.dtype) for size in (P, H))
-        self.layers: list[list[list[_Segment]]] = []  # of each layer, each direction
         self.between: list[Array] = []  # outputs of all layers but the last
         self.masks: list[Array] = []  # of these
         self.keep = 1 - lstm.dropout
@@ -150,8 +150,8 @@ class _Recording:
 
     def __del__(self) -> None:
         """Leave what was saved to the next recording; fewer layers where an error came between."""
-        for directions, layer in zip(self.directions, getattr(self, "layers", ()), strict=False):
-            for direction, segments in zip(directions, layer, strict=True):
+        for k, layer in enumerate(self.layers):
+            for direction, segments in zip(self.directions[k], layer, strict=True):
                 for segment in segments:
                     if segment.saved is not None:
                         direction.spare.give_back(segment.saved)
@@ -170,9 +170,7 @@ class _Recording:
         """Yield the first and last step of each segment, in the direction's own order."""
         T, length = self.T, self.T
         if self.every is not None:  # whole chunks, so that the sums are the same as without checkpoints
-            from fastlstm.kernels.training import chunk_steps
-
-            chunk = chunk_steps(direction.I, direction.H, direction.P, self.N, direction.dtype)
+            chunk = direction.chunk_steps(self.N)
             length = -(-self.every // chunk) * chunk
         for first in range(0, T, length):
             last = min(first + length, T)

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import fastlstm
 from fastlstm import LSTM, reference
@@ -141,6 +143,21 @@ def grid(case: Case, **axes: Any) -> list[Case]:
 # Comparison
 
 
+@st.composite
+def random_cases(draw_from: st.DrawFn, most_steps: int) -> Case:
+    """Draw sizes and features, of so many steps at the most."""
+
+    def size(most: int) -> int:
+        return draw_from(st.integers(1, most))
+
+    H = size(70)
+    P = draw_from(st.sampled_from([0, 0, 1])) and draw_from(st.integers(0, H - 1))
+    flags = {name: draw_from(st.booleans()) for name in ("bias", "lengths", "reset", "state")}
+    dtype = draw_from(st.sampled_from(BOTH))
+    layout = draw_from(st.sampled_from(["TNI", "NTI"]))
+    return Case(size(most_steps), size(15), size(20), H, size(3), size(2), P, **flags, layout=layout, dtype=dtype)
+
+
 def tolerance(case: Case) -> float:
     """Return how far a result may lie from the exact one, relative to the larger of the value and 1.
 
@@ -163,6 +180,29 @@ def assert_close(actual: tuple[Any, Any], exact: tuple[Any, Any], limit: float) 
         np.testing.assert_array_equal(got[~finite], want[~finite])
         error = np.abs(got[finite] - want[finite]) / np.maximum(1, np.abs(want[finite]))
         assert error.max(initial=0) <= limit
+
+
+class ByDlpack:
+    """An array that only DLPack hands out."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+
+class ByArray:
+    """An array behind NumPy's own protocol."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.array
 
 
 def bits(array: Any) -> Any:
@@ -235,3 +275,28 @@ def run_python(code: str, *args: str, timeout: float = 300, **variables: str | N
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+@cache
+def loads(layer: str) -> bool:
+    """Return whether a threading layer of Numba loads here."""
+    code = (
+        "import numba, numpy\n@numba.njit(parallel=True)\ndef f(a):\n"
+        "    for i in numba.prange(a.size):\n        a[i] += 1\nf(numpy.ones(9))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=environment(NUMBA_THREADING_LAYER=layer),
+        capture_output=True,
+        check=False,
+    )
+    return done.returncode == 0
+
+
+@pytest.fixture(params=["omp", "workqueue", "tbb"])
+def threading_layer(request: pytest.FixtureRequest) -> str:
+    """Return the name of a threading layer that loads."""
+    name: str = request.param
+    if not loads(name):
+        pytest.skip(f"Numba's threading layer {name} does not load here")
+    return name

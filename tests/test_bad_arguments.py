@@ -153,6 +153,20 @@ def shapes_near(*shape: int) -> Any:
     )
 
 
+def odd_arguments(h_0: Any, c_0: Any) -> dict[str, Any]:
+    """Return what is given, for each argument, to a layer of the sizes of `CASE` whose states these are."""
+    return {
+        "x": st.one_of(JUNK, arrays(shapes_near(4, 3, 2))),
+        "state": st.one_of(
+            JUNK,
+            st.tuples(arrays(shapes_near(4, 3, 3)), arrays(shapes_near(4, 3, 5))),
+            st.tuples(st.just(h_0), JUNK), st.tuples(JUNK, st.just(c_0)), st.lists(st.just(h_0), max_size=3),
+        ),
+        "lengths": st.one_of(JUNK, arrays(shapes_near(3)), st.lists(st.integers(-1, 5), min_size=3, max_size=3)),
+        "reset": st.one_of(JUNK, arrays(shapes_near(4, 3))),
+    }  # fmt: skip
+
+
 def refused_or(call: Any, names: str) -> Any:
     """Return what the call gives, or None where it raises as it should: naming one of the arguments."""
     try:
@@ -177,17 +191,7 @@ def test_any_argument_of_a_call(data: st.DataObject) -> None:
         "x": problem.x, "state": problem.state, "lengths": np.array([4, 0, 2]), "reset": np.zeros((4, 3), bool),
         "out": np.full((4, 3, 6), np.nan, np.float32),
     }  # fmt: skip
-    odd = {
-        "x": st.one_of(JUNK, arrays(shapes_near(4, 3, 2))),
-        "state": st.one_of(
-            JUNK,
-            st.tuples(arrays(shapes_near(4, 3, 3)), arrays(shapes_near(4, 3, 5))),
-            st.tuples(st.just(h_0), JUNK), st.tuples(JUNK, st.just(c_0)), st.lists(st.just(h_0), max_size=3),
-        ),
-        "lengths": st.one_of(JUNK, arrays(shapes_near(3)), st.lists(st.integers(-1, 5), min_size=3, max_size=3)),
-        "reset": st.one_of(JUNK, arrays(shapes_near(4, 3))),
-        "out": st.one_of(JUNK, arrays(shapes_near(4, 3, 6))),
-    }  # fmt: skip
+    odd = odd_arguments(h_0, c_0) | {"out": st.one_of(JUNK, arrays(shapes_near(4, 3, 6)))}
     names = data.draw(st.lists(st.sampled_from(list(odd)), min_size=1, max_size=2, unique=True))
     arguments = valid | {name: data.draw(odd[name], name) for name in names}
     out = valid["out"]
@@ -280,9 +284,8 @@ def test_any_argument_of_a_layer(data: st.DataObject) -> None:
         "bidirectional": True, "proj_size": 2, "dtype": "f8", "rng": 3,
     }  # fmt: skip
     names = data.draw(st.lists(st.sampled_from(list(valid)), min_size=1, max_size=2, unique=True))
-    any_dtype = st.one_of(
-        DTYPES, st.sampled_from([float, "f", ">f4", "<f8", "float", "nope", [("a", 1)], (3,), {"names": 3}, "(2,)f4"])
-    )
+    odd_dtypes = [float, "f", ">f4", "<f8", "float", "nope", "01", "0:", [("a", 1)], (3,), {"names": 3}, "(2,)f4"]
+    any_dtype = st.one_of(DTYPES, st.sampled_from(odd_dtypes))
     odd = {
         name: st.one_of(JUNK, any_dtype)
         if name == "dtype"

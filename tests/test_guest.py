@@ -7,12 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SOURCES, environment, run_python
+from conftest import SOURCES, environment, loads, run_python
 
 import fastlstm
 
@@ -55,45 +54,21 @@ def run(code: str, *args: str, **variables: str | None) -> str:
     return run_python(START + code, *args, **variables)
 
 
-@cache
-def loads(layer: str) -> bool:
-    code = (
-        "import numba, numpy\n@numba.njit(parallel=True)\ndef f(a):\n"
-        "    for i in numba.prange(a.size):\n        a[i] += 1\nf(numpy.ones(9))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env=environment(NUMBA_THREADING_LAYER=layer),
-        capture_output=True,
-        check=False,
-    )
-    return done.returncode == 0
-
-
-@pytest.fixture(params=["omp", "workqueue", "tbb"])
-def layer(request: pytest.FixtureRequest) -> str:
-    """Return the name of a threading layer that loads."""
-    name: str = request.param
-    if not loads(name):
-        pytest.skip(f"Numba's threading layer {name} does not load here")
-    return name
-
-
 # Threads
 
 
-def test_the_forced_strategy_does_enter_parallel_regions(layer: str) -> None:
+def test_the_forced_strategy_does_enter_parallel_regions(threading_layer: str) -> None:
     """What the other tests of this file stand on."""
     output = run(
         "parallel(); assert same(); assert regions == [(os.getpid(), True)]\n"
         "import numba; print(numba.threading_layer())",
-        NUMBA_THREADING_LAYER=layer,
+        NUMBA_THREADING_LAYER=threading_layer,
     )
-    assert output.split() == [layer]
+    assert output.split() == [threading_layer]
 
 
 @pytest.mark.parametrize("shares", ["1", "2"], ids=["rows", "units"])
-def test_eight_threads_call_one_layer_at_once(layer: str, shares: str) -> None:
+def test_eight_threads_call_one_layer_at_once(threading_layer: str, shares: str) -> None:
     code = """
 from concurrent.futures import ThreadPoolExecutor
 parallel(shares=int(sys.argv[1]), groups=3)
@@ -105,7 +80,7 @@ with ThreadPoolExecutor(8) as pool:
     assert all(pool.map(work, range(8)))
 assert len(regions) == 400 and any(done for _, done in regions)
 """
-    run(code, shares, NUMBA_THREADING_LAYER=layer)
+    run(code, shares, NUMBA_THREADING_LAYER=threading_layer)
 
 
 USERS_OWN = """
@@ -120,7 +95,7 @@ ones = np.ones(100_000)
 """
 
 
-def test_beside_a_parallel_function_of_the_user(layer: str) -> None:
+def test_beside_a_parallel_function_of_the_user(threading_layer: str) -> None:
     """The user's thread enters its own parallel regions while another calls the layer."""
     code = (
         USERS_OWN
@@ -142,10 +117,10 @@ finally:
 assert set(sums) == {1e5}
 """
     )
-    run(code, NUMBA_THREADING_LAYER=layer)
+    run(code, NUMBA_THREADING_LAYER=threading_layer)
 
 
-def test_inside_a_thread_pool_of_the_user(layer: str) -> None:
+def test_inside_a_thread_pool_of_the_user(threading_layer: str) -> None:
     """Each task calls the layer and the user's function, one task at a time in a parallel region of the user's."""
     code = (
         USERS_OWN
@@ -162,10 +137,10 @@ with ThreadPoolExecutor(4) as pool:
     assert all(pool.map(task, range(200)))
 """
     )
-    run(code, NUMBA_THREADING_LAYER=layer)
+    run(code, NUMBA_THREADING_LAYER=threading_layer)
 
 
-def test_the_hosts_settings_are_left_alone(layer: str) -> None:
+def test_the_hosts_settings_are_left_alone(threading_layer: str) -> None:
     code = """
 import numba
 np.seterr(all="raise", under="ignore")
@@ -186,20 +161,20 @@ fastlstm.set_num_threads(1)
 assert same()
 assert settings() == before
 """
-    run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
+    run(code, NUMBA_THREADING_LAYER=threading_layer, NUMBA_NUM_THREADS="2")
 
 
-def test_a_call_at_the_interpreters_exit(layer: str) -> None:
+def test_a_call_at_the_interpreters_exit(threading_layer: str) -> None:
     code = """
 import atexit
 parallel()
 assert same()
 atexit.register(lambda: print(same()))
 """
-    assert run(code, NUMBA_THREADING_LAYER=layer).split() == ["True"]
+    assert run(code, NUMBA_THREADING_LAYER=threading_layer).split() == ["True"]
 
 
-def test_a_mask_of_the_users_cannot_hang_a_call(layer: str) -> None:
+def test_a_mask_of_the_users_cannot_hang_a_call(threading_layer: str) -> None:
     """With one thread where two were asked for, that one does the shares of both."""
     code = """
 import numba
@@ -209,7 +184,7 @@ for how in [(2, 2, 1), (4, 4, 1), (3, 1, 8)]:
     assert same()
 assert all(done for _, done in regions)
 """
-    run(code, NUMBA_THREADING_LAYER=layer)
+    run(code, NUMBA_THREADING_LAYER=threading_layer)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +216,7 @@ warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of a fork be
 
 
 @can_fork
-def test_fork_after_use(layer: str) -> None:
+def test_fork_after_use(threading_layer: str) -> None:
     code = (
         CHILD
         + """
@@ -260,11 +235,11 @@ assert np.concatenate([first, stream(x[20:])]).tobytes() == expected
 assert regions[-1] == (os.getpid(), True)
 """
     )
-    run(code, NUMBA_THREADING_LAYER=layer)
+    run(code, NUMBA_THREADING_LAYER=threading_layer)
 
 
 @can_fork
-def test_fork_before_use(layer: str) -> None:
+def test_fork_before_use(threading_layer: str) -> None:
     code = (
         CHILD
         + """
@@ -274,11 +249,11 @@ assert same()
 assert fork(same) == 0
 """
     )
-    run(code, NUMBA_THREADING_LAYER=layer)
+    run(code, NUMBA_THREADING_LAYER=threading_layer)
 
 
 @can_fork
-def test_fork_while_other_threads_are_in_calls(layer: str) -> None:
+def test_fork_while_other_threads_are_in_calls(threading_layer: str) -> None:
     code = (
         CHILD
         + """
@@ -302,7 +277,7 @@ assert results == [0] * 12, results
 assert same()
 """
     )
-    run(code, NUMBA_THREADING_LAYER=layer)
+    run(code, NUMBA_THREADING_LAYER=threading_layer)
 
 
 MULTIPROCESSING = """
@@ -347,7 +322,7 @@ def step(stream, x):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_multiprocessing(layer: str, method: str, tmp_path: Path) -> None:
+def test_multiprocessing(threading_layer: str, method: str, tmp_path: Path) -> None:
     import multiprocessing
 
     if method not in multiprocessing.get_all_start_methods():
@@ -355,7 +330,7 @@ def test_multiprocessing(layer: str, method: str, tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text(MULTIPROCESSING)
     (tmp_path / "helper.py").write_text(HELPER)
     done = subprocess.run(
-        [sys.executable, "main.py", method], cwd=tmp_path, env=environment(NUMBA_THREADING_LAYER=layer),
+        [sys.executable, "main.py", method], cwd=tmp_path, env=environment(NUMBA_THREADING_LAYER=threading_layer),
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BOTH, WIDER, Case, Problem, assert_close, assert_same_bits, draw, forced, grid, tolerance
+from conftest import (
+    BOTH,
+    WIDER,
+    ByArray,
+    ByDlpack,
+    Case,
+    Problem,
+    assert_close,
+    assert_same_bits,
+    draw,
+    forced,
+    grid,
+    tolerance,
+)
 
 import fastlstm
 from fastlstm import LSTM, reference
@@ -239,24 +252,6 @@ def test_takes_tensors_and_whatever_offers_dlpack_or_array() -> None:
     torch = pytest.importorskip("torch")
     problem = draw(FULL)
     expected = problem.call()
-
-    class ByDlpack:
-        def __init__(self, array: Any) -> None:
-            self.array = array
-
-        def __dlpack__(self, **options: Any) -> Any:
-            return self.array.__dlpack__(**options)
-
-        def __dlpack_device__(self) -> Any:
-            return self.array.__dlpack_device__()
-
-    class ByArray:
-        def __init__(self, array: Any) -> None:
-            self.array = array
-
-        def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-            return self.array
-
     for wrap in (torch.tensor, ByDlpack, ByArray, np.ndarray.tolist):
         state = tuple(map(wrap, problem.state))
         options = {"lengths": wrap(problem.lengths), "reset": wrap(problem.reset)}

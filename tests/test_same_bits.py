@@ -9,7 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BOTH, Case, Problem, assert_close, assert_same_bits, draw, forced, grid, tolerance
+from conftest import (
+    BOTH,
+    Case,
+    Problem,
+    assert_close,
+    assert_same_bits,
+    draw,
+    forced,
+    grid,
+    random_cases,
+    tolerance,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -312,21 +323,8 @@ def test_nan_does_not_cross_a_reset(D: int, dtype: Any) -> None:
 # Anything
 
 
-@st.composite
-def cases(draw_from: st.DrawFn) -> Case:
-    def size(most: int) -> int:
-        return draw_from(st.integers(1, most))
-
-    H = size(70)
-    P = draw_from(st.sampled_from([0, 0, 1])) and draw_from(st.integers(0, H - 1))
-    flags = {name: draw_from(st.booleans()) for name in ("bias", "lengths", "reset", "state")}
-    dtype = draw_from(st.sampled_from(BOTH))
-    layout = draw_from(st.sampled_from(["TNI", "NTI"]))
-    return Case(size(20), size(15), size(20), H, size(3), size(2), P, **flags, layout=layout, dtype=dtype)
-
-
 @given(
-    case=cases(),
+    case=random_cases(20),
     how=st.tuples(st.integers(2, 4), st.integers(1, 6), st.integers(1, 16), st.booleans(), st.integers(1, 20)),
     seed=st.integers(0, 2**32),
 )

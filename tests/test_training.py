@@ -19,11 +19,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BOTH, WIDER, Case, Problem, assert_same_bits, bits, draw, grid, run_python
+from conftest import (
+    BOTH,
+    WIDER,
+    ByArray,
+    ByDlpack,
+    Case,
+    Problem,
+    assert_same_bits,
+    bits,
+    draw,
+    grid,
+    random_cases,
+    run_python,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_bad_arguments import JUNK, LAYOUTS, arrays, refused_or, relaid, shapes_near
-from test_guest import CHILD, COMPILES, QUICK, can_fork, loads
+from test_bad_arguments import JUNK, LAYOUTS, arrays, odd_arguments, refused_or, relaid, shapes_near
+from test_guest import CHILD, COMPILES, QUICK, can_fork
 
 import fastlstm
 from fastlstm import LSTM, Linear, Sequential, reference, threads
@@ -616,21 +629,8 @@ def test_whatever_the_call_before_left_behind(case: Case) -> None:
             assert_same_gradients(training.gradients(), expected)
 
 
-@st.composite
-def cases(draw_from: st.DrawFn) -> Case:
-    def size(most: int) -> int:
-        return draw_from(st.integers(1, most))
-
-    H = size(70)
-    P = draw_from(st.sampled_from([0, 0, 1])) and draw_from(st.integers(0, H - 1))
-    flags = {name: draw_from(st.booleans()) for name in ("bias", "lengths", "reset", "state")}
-    dtype = draw_from(st.sampled_from(BOTH))
-    layout = draw_from(st.sampled_from(["TNI", "NTI"]))
-    return Case(size(60), size(15), size(20), H, size(3), size(2), P, **flags, layout=layout, dtype=dtype)
-
-
 @given(
-    case=cases(),
+    case=random_cases(60),
     how=st.tuples(st.integers(2, 3), st.integers(1, 3), st.integers(1, 16), st.booleans(), st.integers(1, 20)),
     every=st.integers(1, 70),
     seed=st.integers(0, 2**32),
@@ -699,29 +699,6 @@ def test_the_tape_answers_for_the_call_it_recorded(case: Case, how: str, every: 
     found = tape.backward(training.given(training.d_output), training.d_state).params
     for name, array in found.items():
         np.testing.assert_array_equal(array, expected[name])
-
-
-class ByDlpack:
-    """An array that only DLPack hands out."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> Any:
-        return self.array.__dlpack_device__()
-
-
-class ByArray:
-    """An array behind NumPy's own protocol."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = array
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        return self.array
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -1440,15 +1417,7 @@ def test_any_argument_of_record(data: st.DataObject) -> None:
         "x": problem.x, "state": problem.state, "lengths": np.array([4, 0, 2]), "reset": np.zeros((4, 3), bool),
         "rng": 3, "checkpoint_every": 2,
     }  # fmt: skip
-    odd = {
-        "x": st.one_of(JUNK, arrays(shapes_near(4, 3, 2))),
-        "state": st.one_of(
-            JUNK,
-            st.tuples(arrays(shapes_near(4, 3, 3)), arrays(shapes_near(4, 3, 5))),
-            st.tuples(st.just(h_0), JUNK), st.tuples(JUNK, st.just(c_0)), st.lists(st.just(h_0), max_size=3),
-        ),
-        "lengths": st.one_of(JUNK, arrays(shapes_near(3)), st.lists(st.integers(-1, 5), min_size=3, max_size=3)),
-        "reset": st.one_of(JUNK, arrays(shapes_near(4, 3))),
+    odd = odd_arguments(h_0, c_0) | {
         "rng": st.one_of(JUNK, arrays(shapes_near(2))),
         "checkpoint_every": st.one_of(JUNK, arrays(shapes_near(2)), st.integers(-3, 9)),
     }  # fmt: skip
@@ -1720,15 +1689,6 @@ def same(**more):
     return train(**more) == expected
 """
 TWO = {"FASTLSTM_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
-
-
-@pytest.fixture(params=["omp", "workqueue", "tbb"])
-def threading_layer(request: pytest.FixtureRequest) -> str:
-    """Return the name of a threading layer that loads."""
-    name: str = request.param
-    if not loads(name):
-        pytest.skip(f"Numba's threading layer {name} does not load here")
-    return name
 
 
 def test_eight_threads_train_one_layer_at_once(threading_layer: str) -> None:

@@ -236,21 +236,19 @@ class FastLSTM(Engine):
         yield "out=", form(lstm, problem, out)
 
 
+def _settings(problem: Problem) -> dict[str, Any]:
+    """Return the arguments of an LSTM, which `fastlstm.LSTM` and `torch.nn.LSTM` name alike."""
+    case = problem.case
+    sizes = {"input_size": case.I, "hidden_size": case.H, "num_layers": case.L, "proj_size": problem.proj_size}
+    return {**sizes, "bias": problem.bias, "bidirectional": case.D == 2}
+
+
 def fastlstm_layer(problem: Problem, threads: int) -> Any:
     """Return the layer with the problem's weights; its calls may use so many threads."""
     import fastlstm
 
     fastlstm.set_num_threads(threads)
-    case = problem.case
-    lstm = fastlstm.LSTM(
-        case.I,
-        case.H,
-        case.L,
-        bias=problem.bias,
-        bidirectional=case.D == 2,
-        proj_size=problem.proj_size,
-        dtype=problem.x.dtype,
-    )
+    lstm = fastlstm.LSTM(**_settings(problem), dtype=problem.x.dtype)
     lstm.load_state_dict(problem.weights)
     return lstm
 
@@ -363,16 +361,7 @@ def torch_layer(problem: Problem) -> Any:
     """Return the `nn.LSTM` with copies of the problem's weights."""
     import torch
 
-    case = problem.case
-    lstm = torch.nn.LSTM(
-        case.I,
-        case.H,
-        case.L,
-        bias=problem.bias,
-        bidirectional=case.D == 2,
-        proj_size=problem.proj_size,
-        dtype=getattr(torch, problem.dtype),
-    )
+    lstm = torch.nn.LSTM(**_settings(problem), dtype=getattr(torch, problem.dtype))
     lstm.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in problem.weights.items()})
     return lstm
 

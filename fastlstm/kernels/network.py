@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -129,8 +130,7 @@ class Network:
 
     def repacked(self, params: Mapping[str, Array]) -> Network:
         """Return a network like this one with other weights."""
-        network = Network.__new__(Network)
-        network.__dict__ |= self.__dict__
+        network = copy.copy(self)
         network._pack(params)
         return network
 
