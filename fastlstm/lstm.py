@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastlstm.kernels.network import Network
+    from fastlstm.kernels.panels import Lent
     from fastlstm.kernels.training import Direction
     from fastlstm.tape import Tape
 
@@ -242,11 +243,20 @@ class LSTM(Layer, SequenceModel):
 
     # Inference
 
-    def _pack(self, params: Mapping[str, Array]) -> Network:
-        from fastlstm.kernels.network import Network, Sizes
+    def _pack(self, params: Mapping[str, Array]) -> tuple[Network, Lent]:
+        """Return how the layer runs forward, and its panels."""
+        network = self._made.get("network")
+        if network is None:
+            from fastlstm.kernels.network import Network, Sizes
 
-        sizes = Sizes(self.input_size, self.hidden_size, self._output_size, self.num_layers, self._directions)
-        return Network(sizes, self.dtype, params)
+            sizes = Sizes(self.input_size, self.hidden_size, self._output_size, self.num_layers, self._directions)
+            suffixes = [suffix for layer in self._suffixes() for suffix in layer]
+            network = self._made["network"] = Network(sizes, self.dtype, suffixes)
+        return network, network.pack(params)
+
+    def _suffixes(self) -> list[list[str]]:
+        """Return what the names of the weights end in, by layer and direction."""
+        return [[f"_l{k}{suffix}" for suffix in ("", "_reverse")[: self._directions]] for k in range(self.num_layers)]
 
     def __call__(
         self,
@@ -314,11 +324,13 @@ class LSTM(Layer, SequenceModel):
             for final, initial in zip((h_n, c_n), call.state, strict=True):
                 final[...] = 0 if initial is None else initial
         else:
-            I = self.input_size
+            i, o = self.input_size * self.dtype.itemsize, D * P * self.dtype.itemsize
             rows_apart = self.batch_first and call.batched
-            strides = (I, T * I, D * P, T * D * P) if rows_apart else (N * I, I, N * D * P, D * P)
-            network: Network = self._packed_weights()
-            network.forward(call.x, output, strides, T, N, call.state, (h_n, c_n), call.order, call.lengths, call.reset)
+            strides = (i, T * i, o, T * o) if rows_apart else (N * i, i, N * o, o)
+            network, panels = self._packed_weights()
+            network.forward(
+                panels, call.x, output, strides, T, N, call.state, (h_n, c_n), call.order, call.lengths, call.reset
+            )
         return output, (h_n, c_n) if call.batched else (h_n[:, 0], c_n[:, 0])
 
     def record(
@@ -373,17 +385,16 @@ class LSTM(Layer, SequenceModel):
         random = as_generator(rng) if self.dropout or rng is not None else None
         return record_lstm(self, call, random, every, owned)
 
-    def _pack_for_training(self, params: Mapping[str, Array], before: Any) -> list[list[Direction]]:
-        """Return the weights by layer and direction."""
-        from fastlstm.kernels.training import Direction
+    def _pack_for_training(self, params: Mapping[str, Array]) -> list[list[tuple[Direction, Lent]]]:
+        """Return how each direction of each layer runs, and its panels."""
+        directions = self._made.get("directions")
+        if directions is None:
+            from fastlstm.kernels.training import Direction
 
-        if before is not None:
-            return [[direction.repacked(params) for direction in layer] for layer in before]
-        suffixes = ("", "_reverse")[: self._directions]
-        return [
-            [Direction(params, f"_l{k}{suffix}", suffix == "_reverse") for suffix in suffixes]
-            for k in range(self.num_layers)
-        ]
+            directions = self._made["directions"] = [
+                [Direction(params, suffix, d > 0) for d, suffix in enumerate(layer)] for layer in self._suffixes()
+            ]
+        return [[(direction, direction.network.pack(params)) for direction in layer] for layer in directions]
 
     def _check_state(
         self,
@@ -478,7 +489,8 @@ class Stream:
 
     def _start(self, h: Array | None, c: Array | None) -> None:
         self._params = self._lstm._params
-        self._runner = self._lstm._packed_weights().stream(self._batch_size)
+        network, panels = self._lstm._packed_weights()
+        self._runner = network.stream(panels, self._batch_size)
         self._step: Callable[[Array, Array], Array] = self._runner.stepper()
         self._x_shape = (self._batch_size, self._lstm.input_size)
         self._y_shape = (self._batch_size, self._lstm._output_size)

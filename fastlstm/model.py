@@ -210,7 +210,7 @@ class Linear(Layer):
 
         return Tape(output, None, backward)
 
-    def _pack_for_training(self, params: Mapping[str, Array], before: Any) -> LinearGradients:
+    def _pack_for_training(self, params: Mapping[str, Array]) -> LinearGradients:
         from fastlstm.kernels.training import LinearGradients
 
         return LinearGradients(params["weight"], params.get("bias"))

@@ -30,6 +30,8 @@ class Layer(ABC):
     dtype: np.dtype[Any]
     _config: dict[str, Any]  # the settings
     _params: dict[str, Array]
+    _made: dict[str, Any]
+    """What is the same for all weights of these sizes, made when it is first needed."""
 
     @abstractmethod
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -40,8 +42,8 @@ class Layer(ABC):
         """Return the weights packed for the kernels."""
 
     @abstractmethod
-    def _pack_for_training(self, params: Mapping[str, Array], before: Any) -> Any:
-        """Return the weights packed for recording and backward; `before`: others that were, or None."""
+    def _pack_for_training(self, params: Mapping[str, Array]) -> Any:
+        """Return the weights packed for recording and backward."""
 
     @property
     @abstractmethod
@@ -52,7 +54,7 @@ class Layer(ABC):
         """Check the settings and store them."""
         config = {name: check(name, settings[name]) for name, (check, _) in self._SETTINGS.items()}
         self.__dict__.update(config, _config=config, dtype=float_dtype(dtype), _params={})
-        self.__dict__.update(_packed=None, _packed_for_training=None)
+        self.__dict__.update(_packed=None, _packed_for_training=None, _made={})
 
     def _randomise(self, bound: float, rng: object) -> None:
         """Draw the weights, uniform in +-bound."""
@@ -119,6 +121,7 @@ class Layer(ABC):
         """Return the packed weights, packed again if they have changed."""
         params, packed = self._params, self._packed
         if packed is None or packed[0] is not params:
+            packed = self.__dict__["_packed"] = None  # so that there is room for the new ones
             packed = params, self._pack(params)
             self.__dict__["_packed"] = packed
         return packed[1]
@@ -127,7 +130,8 @@ class Layer(ABC):
         """Return the weights packed for training, packed again if they have changed."""
         params, packed = self._params, self._packed_for_training
         if packed is None or packed[0] is not params:
-            packed = params, self._pack_for_training(params, packed and packed[1])
+            packed = self.__dict__["_packed_for_training"] = None
+            packed = params, self._pack_for_training(params)
             self.__dict__["_packed_for_training"] = packed
         return packed[1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastlstm.checks import as_array
 
 if TYPE_CHECKING:
+    from fastlstm.kernels.panels import Lent
     from fastlstm.kernels.training import Direction
     from fastlstm.lstm import LSTM, Call
 
@@ -100,7 +101,7 @@ class _Segment(NamedTuple):
     first: int
     last: int
     steps: Any  # fastlstm.kernels.training.Steps
-    saved: Array | None  # the direction's `room`; None: to be computed again
+    saved: Lent | None  # the direction's `room`; None: to be computed again
     cut: Array | None  # (N,) bool, where the state does not cross to these steps from those before
 
 
@@ -114,31 +115,31 @@ class _Recording:
     def __init__(self, lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool) -> None:
         self.layers: list[list[list[_Segment]]] = []  # of each layer, each direction
         self.lstm, self.batched, self.x_shape = lstm, call.batched, call.x.shape
-        self.directions: list[list[Direction]] = lstm._training_weights()
+        self.directions: list[list[tuple[Direction, Lent]]] = lstm._training_weights()
         self.T, self.N, self.every = call.T, call.N, every
         D, H, P = lstm._directions, lstm.hidden_size, lstm._output_size
-        self.lengths = None
+        self.order, self.lengths = call.order, None
         if call.order is not None and call.lengths is not None:
             self.lengths = np.empty_like(call.lengths)
             self.lengths[call.order] = call.lengths
         count = lstm.num_layers * D
-        self.h_n, self.c_n = (np.empty((count, self.N, size), lstm.dtype) for size in (P, H))
+        self.h_n, self.c_n = np.empty((count, self.N, P), lstm.dtype), np.empty((count, self.N, H), lstm.dtype)
         self.between: list[Array] = []  # outputs of all layers but the last
         self.masks: list[Array] = []  # of these
         self.keep = 1 - lstm.dropout
-        reset = None if call.reset is None else np.array(call.reset)
-        self.empty = self.T == 0 or self.N == 0
+        self.reset = None if call.reset is None else np.array(call.reset)
+        h_0, c_0 = (None if s is None else s.copy() for s in call.state)
         x = self._time_major(call.x if owned else call.x.copy())
         for k, layer in enumerate(self.directions):
             last = k == lstm.num_layers - 1
             output = np.empty((*self.x_shape[:-1], D * P) if last else (self.T, self.N, D * P), lstm.dtype)
             y = self._time_major(output) if last else output
             segments = []
-            for d, direction in enumerate(layer):
+            for d, (direction, panels) in enumerate(layer):
                 index = k * D + d
-                h_0, c_0 = (None if s is None else np.array(s[index]) for s in call.state)
-                final = self.h_n[index], self.c_n[index]
-                segments.append(self._forward(direction, x, y[:, :, d * P : (d + 1) * P], reset, (h_0, c_0), final))
+                initial = h_0 if h_0 is None else h_0[index], c_0 if c_0 is None else c_0[index]
+                to = y if D == 1 else y[:, :, d * P : (d + 1) * P]
+                segments.append(self._forward(direction, panels, x, to, initial, (self.h_n[index], self.c_n[index])))
             self.layers.append(segments)
             if not last:
                 x = y
@@ -147,14 +148,6 @@ class _Recording:
                     self.masks.append(rng.random(y.shape, np.float32) < self.keep)
                     x = self._drop(y, k)
         self.output = output
-
-    def __del__(self) -> None:
-        """Leave what was saved to the next recording; fewer layers where an error came between."""
-        for k, layer in enumerate(self.layers):
-            for direction, segments in zip(self.directions[k], layer, strict=True):
-                for segment in segments:
-                    if segment.saved is not None:
-                        direction.spare.give_back(segment.saved)
 
     def _time_major(self, array: Array) -> Array:
         """Return a view (T, N, ...) of an array that is laid out as the user's."""
@@ -166,47 +159,44 @@ class _Recording:
         dropped: Array = y * (self.masks[k] * y.dtype.type(1 / self.keep if self.keep else 0))
         return dropped
 
-    def _cuts(self, direction: Direction) -> Iterator[tuple[int, int]]:
-        """Yield the first and last step of each segment, in the direction's own order."""
-        T, length = self.T, self.T
-        if self.every is not None:  # whole chunks, so that the sums are the same as without checkpoints
-            chunk = direction.chunk_steps(self.N)
-            length = -(-self.every // chunk) * chunk
-        for first in range(0, T, length):
-            last = min(first + length, T)
-            yield (T - last, T - first) if direction.reverse else (first, last)
+    def _cuts(self, direction: Direction) -> list[tuple[int, int]]:
+        """Return the first and last step of each segment, in the direction's own order."""
+        T = self.T
+        if self.every is None:
+            return [(0, T)]
+        chunk = direction.chunk_steps(self.N)
+        length = -(-self.every // chunk) * chunk  # whole chunks, so that the sums are the same as without checkpoints
+        cuts = [(first, min(first + length, T)) for first in range(0, T, length)]
+        return [(T - last, T - first) for first, last in cuts] if direction.reverse else cuts
 
     def _forward(
-        self, direction: Direction, x: Array, y: Array, reset: Array | None, initial: Pair, final: tuple[Array, Array]
+        self, direction: Direction, panels: Lent, x: Array, y: Array, initial: Pair, final: tuple[Array, Array]
     ) -> list[_Segment]:
         """Run one direction of one layer."""
         from fastlstm.kernels.training import Rows, Steps
 
         segments: list[_Segment] = []
-        if self.empty:
+        if self.T == 0 or self.N == 0:
             for to, start in zip(final, initial, strict=True):
                 to[...] = 0 if start is None else start
             return segments
-        order = None if self.lengths is None else np.argsort(-self.lengths, kind="stable")
         state: Pair = initial
-        cuts = list(self._cuts(direction))
+        cuts = self._cuts(direction)
         for first, last in cuts:
-            lengths = cut = None
+            lengths = cut = part = None
             if self.lengths is not None:
                 lengths = np.clip(self.lengths - first, 0, last - first)
-            if direction.reverse and reset is not None and last < self.T and state[0] is not None:
-                cut = reset[last] if self.lengths is None else reset[last] & (last < self.lengths)
-                state[0][cut], state[1][cut] = 0, 0  # type: ignore[index]
+            if self.reset is not None:
+                part = self.reset[first:last]
+                if direction.reverse and last < self.T and state[0] is not None:
+                    cut = self.reset[last] if self.lengths is None else self.reset[last] & (last < self.lengths)
+                    state[0][cut], state[1][cut] = 0, 0  # type: ignore[index]
             how = direction.choose(self.N, last - first, lengths)
-            part = None if reset is None else reset[first:last]
-            groups = how.groups if how.shares == 1 else 1
-            rows = Rows.of(last - first, order, lengths, part, groups)
+            rows = Rows.of(last - first, self.order, lengths, part, how.groups if how.shares == 1 else 1)
             steps = Steps(x[first:last], y[first:last], state[0], state[1], rows, how)
-            saved = None
-            if len(cuts) == 1:
-                saved = direction.room(self.T, self.N)
-            h_n, c_n = final if (first, last) == cuts[-1] else map(np.empty_like, final)
-            direction.forward(steps, h_n, c_n, saved)
+            saved = direction.room(self.T, self.N) if len(cuts) == 1 else None
+            h_n, c_n = final if last == cuts[-1][1] else map(np.empty_like, final)
+            direction.forward(panels, steps, h_n, c_n, saved)
             if self.masks:  # the input is that of before with its mask, and will be again
                 steps = steps._replace(x=_nothing)
             segments.append(_Segment(first, last, steps, saved, cut))
@@ -228,20 +218,21 @@ class _Recording:
         d_h_0, d_c_0 = np.empty_like(self.h_n), np.empty_like(self.c_n)
         found: dict[str, Array] = {}
         for k in reversed(range(lstm.num_layers)):
-            shape = (self.T, self.N, self.directions[k][0].I)
+            shape = (self.T, self.N, self.directions[k][0][0].I)
             d_x = np.empty(shape if k else self.x_shape, lstm.dtype)
             to = d_x if k else self._time_major(d_x)
             x = self._drop(self.between[k - 1], k - 1) if k and self.masks else None
-            for d, direction in enumerate(self.directions[k]):
+            for d, (direction, panels) in enumerate(self.directions[k]):
                 index = k * D + d
-                part = None if d_out is None else d_out[:, :, d * P : (d + 1) * P]
-                d_w = direction.gradients()
-                d_last: Pair = tuple(None if s is None else s[index] for s in d_final)  # type: ignore[assignment]
+                part = d_out if d_out is None or D == 1 else d_out[:, :, d * P : (d + 1) * P]
+                d_w = {name: np.empty(shape, lstm.dtype) for name, _, shape in direction.weights}
+                d_h_n, d_c_n = (None if s is None else s[index] for s in d_final)
                 initial = d_h_0[index], d_c_0[index]
-                self._backward(direction, self.layers[k][d], x, part, d_last, initial, to, d > 0, d_w)
-                if direction.bias:
-                    d_w["bias_hh"] = d_w["bias_ih"].copy()
-                found |= {name + direction.suffix: array for name, array in d_w.items()}
+                self._backward(direction, panels, self.layers[k][d], x, part, (d_h_n, d_c_n), initial, to, d > 0, d_w)
+                if "bias_hh" in d_w:
+                    d_w["bias_hh"][...] = d_w["bias_ih"]
+                for name, full_name, _ in direction.weights:
+                    found[full_name] = d_w[name]
             d_out = to
             if k and lstm.dropout:
                 d_out = self._drop(to, k - 1)
@@ -249,8 +240,8 @@ class _Recording:
         return Gradients(d_x, state, {name: found[name] for name in lstm._params})
 
     def _backward(
-        self, direction: Direction, segments: list[_Segment], x: Array | None, d_out: Array | None, d_state: Pair,
-        d_initial: tuple[Array, Array], d_x: Array, add_x: bool, d_w: dict[str, Array],
+        self, direction: Direction, panels: Lent, segments: list[_Segment], x: Array | None, d_out: Array | None,
+        d_state: Pair, d_initial: tuple[Array, Array], d_x: Array, add_x: bool, d_w: dict[str, Array],
     ) -> None:  # fmt: skip
         """Take one direction of one layer backward, segment by segment against its own order."""
         if not segments:
@@ -265,12 +256,11 @@ class _Recording:
             if saved is None:
                 saved = direction.room(last - first, self.N)
                 again = steps._replace(out=np.empty_like(steps.out))
-                direction.forward(again, np.empty_like(d_initial[0]), np.empty_like(d_initial[1]), saved)
+                direction.forward(panels, again, np.empty_like(d_initial[0]), np.empty_like(d_initial[1]), saved)
             part = None if d_out is None else d_out[first:last]
             started = segment is not segments[-1]
-            direction.backward(steps, saved, part, d_state, d_initial, d_x[first:last], add_x, d_w, started)
-            if segment.saved is None:
-                direction.spare.give_back(saved)
+            direction.backward(panels, steps, saved, part, d_state, d_initial, d_x[first:last], add_x, d_w, started)
+            del saved  # so that its memory serves the next segment
             if cut is not None:
                 d_initial[0][cut], d_initial[1][cut] = 0, 0
             if segment is not segments[0]:

@@ -357,12 +357,12 @@ class _Weights:
 
 
 def _make_layer(config: dict[str, Any], params: dict[str, Array], like: lstm.LSTM | None = None) -> lstm.LSTM:
-    """Return a layer on these arrays, which are not copied; it packs them as `like` did, if it is of the same sizes."""
+    """Return a layer on these arrays, which are not copied; `like`, if of the same sizes, shares what it has made."""
     layer = lstm.LSTM.__new__(lstm.LSTM)
     layer._configure(next(iter(params.values())).dtype, **config)
     layer._set_params(params)
     if like is not None and (like.dtype, like._shapes()) == (layer.dtype, layer._shapes()):
-        layer.__dict__["_packed_for_training"] = like._packed_for_training
+        layer.__dict__["_made"] = like._made
     return layer
 
 

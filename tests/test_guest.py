@@ -24,7 +24,7 @@ import contextlib, os, sys, threading, warnings
 import numpy as np
 import fastlstm
 from functools import partialmethod
-from fastlstm.kernels import network
+from fastlstm.kernels import network, region
 
 lstm = fastlstm.LSTM(3, 40, num_layers=2, rng=0)
 x = np.random.default_rng(0).normal(size=(50, 8, 3)).astype(np.float32)
@@ -36,12 +36,12 @@ regions = []  # who entered a parallel region, and was it granted
 
 def parallel(ranks=2, shares=2, groups=1, hoisted=True, chunk=16):
     how = network.Strategy(ranks, shares, groups, hoisted, chunk)
-    run_region = network.run_region
+    run_region = region.run_region
     def counted(*args):
         done = run_region(*args)
         regions.append((os.getpid(), done))
         return done
-    network.run_region = counted
+    region.run_region = counted
     network.Network.forward = partialmethod(network.Network.forward, how=how)
     network.choose_strategy = lambda *_: how
 

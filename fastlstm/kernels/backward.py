@@ -20,7 +20,6 @@ from fastlstm.kernels.gradient_tile import LEFT, most_rows, pieces
 from fastlstm.kernels.panels import cut_block, most_vectors
 from fastlstm.kernels.simd import target
 from fastlstm.kernels.team import (
-    OBJECTS,
     byte_at,
     call_tile,
     clear,
@@ -42,22 +41,25 @@ DOWN_DEPTH = 256  # rows of a chunk in one sum: 128 gives 90% of peak, 256 94%
 # What one call is about, written by `training.py`.  Addresses in bytes, all else in numbers.
 PLAN = record(
     "kernel",
+    # from here to `reset` the arrays of a call, in the order in which they are given
+    "x", "out",  # (T, N, I), (T, N, P), the forward's input and output
+    "saved",  # (T, N, 5, H), of the forward
+    "panels",  # of all weights
+    "h_0", "c_0",  # (N, P), (N, H); 0: zeros
+    "d_out",  # (T, N, P); 0: zeros
+    "d_h_n", "d_c_n",  # (N, P), (N, H); 0: zeros
+    "d_h_0", "d_c_0",  # (N, P), (N, H), out
+    "d_x",  # (T, N, I), out; 0: not wanted
+    "d_w_ih", "d_w_hh", "d_bias", "d_w_hr",  # (4H, I), (4H, P), (4H,), (P, H), out
+    "order", "lengths", "places", "active",  # (N,), (N,), (N,): a row's place by falling length; (T,): rows of a step
+    "reset",  # bytes (T, N); 0: none
+    # from here to `add_w` how they lie, in steps and rows, and whether to add to what is in d_x and the d_w
+    "x_step", "x_row", "out_step", "out_row", "d_out_step", "d_out_row", "d_x_step", "d_x_row",
+    "reset_step", "reset_row", "add_x", "add_w",
     "T", "N", "I", "P", "H", "reverse", "projected",
     "linear",  # 1: no steps at all; d_z is given for T rows, and N is 1
     "J", "parts",  # numbers in a row of d_z, parts of a sum over them: 4H and 4; where it is linear the outputs and 1
-    # from here to `reset_row` what changes from call to call
-    "x", "x_step", "x_row",  # (T, N, I)
-    "out", "out_step", "out_row",  # (T, N, P), the forward's output
-    "saved",  # (T, N, 5, H), of the forward
-    "h_0", "c_0",  # (N, P), (N, H); 0: zeros
-    "d_out", "d_out_step", "d_out_row",  # (T, N, P); 0: zeros
-    "d_h_n", "d_c_n",  # (N, P), (N, H); 0: zeros
-    "d_h_0", "d_c_0",  # (N, P), (N, H), out
-    "d_x", "d_x_step", "d_x_row", "add_x",  # (T, N, I), out; 0: not wanted; 1: added to what is there
-    "d_w_ih", "d_w_hh", "d_bias", "d_w_hr", "add_w",  # (4H, I), (4H, P), (4H,), (P, H), out; 1: added to what is there
-    "w_ih", "w_hh", "w_hr",  # panels of the weights as they are
-    "order", "lengths", "places", "active",  # (N,), (N,), (N,): a row's place by falling length; (T,): rows of a step
-    "reset", "reset_step", "reset_row",  # bytes (T, N); 0: none
+    "w_ih", "w_hh", "w_hr",  # where among the panels those of the weights as they are lie, in bytes
     "zeros", "ones",  # as many as the largest row; DOWN_DEPTH
     "multiply", "cell", "pack", "add",  # the tiles
     "chunk", "most",  # steps in a chunk, and its rows
@@ -85,7 +87,7 @@ Z_ROWS, H_ROWS, D_OUT_ROWS, C_ROWS, DH_ROWS = range(TABLES)
 
 
 def backward_kernel(dtype: np.dtype):
-    """Describe the backward kernel of one dtype: a function of the plan, the thread's rank, and unused objects."""
+    """Describe the backward kernel of one dtype: a function of the plan and the thread's rank."""
     size = dtype.itemsize
     lanes = target().lanes(dtype)
     widest = most_vectors()
@@ -272,7 +274,7 @@ def backward_kernel(dtype: np.dtype):
         for nth in range(first, last):
             block = first + last - 1 - nth if q.j & 1 else nth
             ahead = along(
-                p.multiply, p.d_z, table(q, p, Z_ROWS), rows, p.H, GATES, p.w_hh, p.P, block,
+                p.multiply, p.d_z, table(q, p, Z_ROWS), rows, p.H, GATES, p.panels + p.w_hh, p.P, block,
                 d_h, table(q, p, H_ROWS), 0, ahead, ahead_step,
             )  # fmt: skip
         if p.reset:
@@ -308,7 +310,7 @@ def backward_kernel(dtype: np.dtype):
             d_h, d_h_stride, d_out = p.d_m + row0 * p.H * size, p.H, p.zeros
             for block in range(first, last):
                 along(
-                    p.multiply, p.d_h_out, table(q, p, DH_ROWS), rows, p.P, 1, p.w_hr, p.H, block,
+                    p.multiply, p.d_h_out, table(q, p, DH_ROWS), rows, p.P, 1, p.panels + p.w_hr, p.H, block,
                     p.d_m, table(q, p, H_ROWS), 0, p.zeros, 0,
                 )  # fmt: skip
         d_c = p.d_c + row0 * p.H * size
@@ -461,14 +463,14 @@ def backward_kernel(dtype: np.dtype):
                 first, last = q.rows * share // q.shares, q.rows * (share + 1) // q.shares
                 for block in range(count_blocks(p.I)):
                     along(
-                        p.multiply, z_at(p, q), p.ramp_z + first * 8, last - first, p.J // p.parts, p.parts, p.w_ih,
-                        p.I, block,
+                        p.multiply, z_at(p, q), p.ramp_z + first * 8, last - first, p.J // p.parts, p.parts,
+                        p.panels + p.w_ih, p.I, block,
                         p.d_x, p.d_x_to + first * 8, p.add_x, z_at(p, q), 0,
                     )  # fmt: skip
 
     run_phase = phase_part(plan_type, state_type, run_share)
 
-    def backward(plan, rank, x, out, h_n, c_n):
+    def backward(plan, rank):
         p = carray(plan, 1)[0]
         q = carray(state_at(p.scratch + rank * p.scratch_rank), 1)[0]
         q.rank, q.shares, q.phase, q.impatient = rank, p.shares, 0, 0
@@ -508,4 +510,4 @@ def backward_kernel(dtype: np.dtype):
         if not p.linear:
             run_phase(p, q)
 
-    return backward, types.void(types.CPointer(plan_type), *[i] * (1 + OBJECTS))
+    return backward, types.void(types.CPointer(plan_type), i)

@@ -21,12 +21,13 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from fastlstm.kernels.compile import entry
-from fastlstm.kernels.simd import I64
-from fastlstm.kernels.team import call_kernel, integer_at
+from fastlstm.kernels.simd import I8, I64
+from fastlstm.kernels.team import call_kernel, integer_at, set_integer
 
-__all__ = ["HEAD", "bind"]
+__all__ = ["FIRST", "address", "bind"]
 
 HEAD = object.__basicsize__
+FIRST = 1  # field of a plan that has the address of the first array; before it stands the kernel's
 METH_FASTCALL = 0x80
 
 _probe = np.zeros(1)
@@ -70,23 +71,35 @@ _take_gil = _python("PyEval_RestoreThread", ir.VoidType(), I64)
 _add_reference = _python("Py_IncRef", ir.VoidType(), I64)
 
 
-def builtin_kernel(_: None):
-    """Describe the built-in function: of the plan, whose first field is the kernel's address, and of array objects.
+@intrinsic
+def _none(typingctx):
+    """Return the address of None."""
 
-    It takes the address and the number of its arguments, two or four, and returns the second, the output.
+    def codegen(context, builder, signature, args):
+        name = "_Py_NoneStruct"
+        found = builder.module.globals.get(name) or ir.GlobalVariable(builder.module, I8, name)
+        return builder.ptrtoint(found, I64)
+
+    return types.int64(), codegen
+
+
+def builtin_kernel(_: None):
+    """Describe the built-in function: of the plan, and of array objects or None, whose addresses it writes there.
+
+    It takes the address and the number of its arguments and returns the second, the output, where there are two.
     """
 
     def builtin(plan, arguments, count):
-        plan = integer_at(plan + HEAD)
-        x, out = integer_at(arguments), integer_at(arguments + 8)
-        h_n, c_n = 0, 0
-        if count == 4:
-            h_n, c_n = integer_at(arguments + 16), integer_at(arguments + 24)
+        plan, none = integer_at(plan + HEAD), _none()
+        for k in range(count):
+            array = integer_at(arguments + 8 * k)
+            set_integer(plan + (FIRST + k) * 8, 0 if array == none else integer_at(array + HEAD))
         state = _release_gil(0)
-        call_kernel(integer_at(plan), plan, 0, x, out, h_n, c_n)
+        call_kernel(integer_at(plan), plan, 0)
         _take_gil(state)
-        _add_reference(out)
-        return out
+        result = none if count < 2 else integer_at(arguments + 8)
+        _add_reference(result)
+        return result
 
     return builtin, types.int64(types.int64, types.int64, types.int64)
 
@@ -99,7 +112,15 @@ def _method() -> _Method:
     return method
 
 
-def bind(plan: NDArray[np.int64]) -> Callable[..., NDArray[Any]]:
-    """Return a function that runs a plan on this thread: of x and out, or of x, out, h_n and c_n; it returns out."""
-    function: Callable[..., NDArray[Any]] = _new_function(_method(), plan, None)
+def bind(plan: NDArray[np.int64]) -> Callable[..., Any]:
+    """Return a function that runs a plan on this thread: of the arrays whose addresses come first in it.
+
+    None is 0. Arrays that are not given stay those of before. It returns the second, where there are two.
+    """
+    function: Callable[..., Any] = _new_function(_method(), plan, None)
     return function
+
+
+def address(array: NDArray[Any] | None) -> int:
+    """Return where an array's data is, 0 for None; in a quarter of the time that `array.ctypes` takes."""
+    return 0 if array is None else ctypes.c_size_t.from_address(id(array) + HEAD).value

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -12,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlstm import threads
-from fastlstm.kernels.call import bind
+from fastlstm.kernels.call import address
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import (
+    Lent,
     Packing,
+    Panel,
     Spare,
-    address,
     aligned,
     columns_panel,
     cut_columns,
@@ -26,7 +25,7 @@ from fastlstm.kernels.panels import (
     natural_panel,
 )
 from fastlstm.kernels.product import L2_BYTES
-from fastlstm.kernels.region import run_region
+from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import (
@@ -52,9 +51,8 @@ HUGE_HOISTED_BYTES = 4 << 20
 ROWS_IN_CACHE = 96  # rows of a group whose state and x stay in L2 from step to step
 MIN_FULL = 6  # rows: as many as a tile has; from there on the step's own tile is full
 HOISTED_BYTES = 256 << 10  # of z for the steps of a chunk
-GIVEN = [list(PLAN.names or ()).index(name) for name in ("weights", "h_0", "c_0", "saved")]  # may differ in each call
 KEPT_WORKSPACES, KEPT_SCRATCH = 4, 2 << 20  # how many, and up to how many bytes each, outlive their call
-KEPT_PANELS = 128 << 20  # bytes of training's panels that outlive their weights
+KEPT_PANELS = 128 << 20  # bytes of panels that outlive their weights
 
 
 class Sizes(NamedTuple):
@@ -83,7 +81,7 @@ def _line(size: int) -> int:
 
 
 class Network:
-    """Packed weights of one network, and its forward pass.
+    """How one network is packed and run forward, whatever its weights.
 
     Parameters
     ----------
@@ -91,8 +89,8 @@ class Network:
         Its sizes.
     dtype : numpy.dtype
         float32 or float64.
-    params : mapping of str to ndarray
-        Weights under PyTorch's names, of that dtype.
+    suffixes : sequence of str
+        What the names of the weights of each layer and direction end in.
     reverse : bool, default False
         Whether the one direction runs from the last step to the first.
     natural : bool, default False
@@ -100,78 +98,62 @@ class Network:
     """
 
     def __init__(
-        self, sizes: Sizes, dtype: np.dtype[Any], params: Mapping[str, Array], reverse: bool = False,
+        self, sizes: Sizes, dtype: np.dtype[Any], suffixes: Sequence[str], reverse: bool = False,
         natural: bool = False,
     ) -> None:  # fmt: skip
-        self.sizes, self.dtype = sizes, dtype
+        self.sizes, self.dtype, self.projected = sizes, dtype, sizes.P != sizes.H
         self.cut, self.p_cut = cut_units(sizes.H, dtype), cut_columns(sizes.P, dtype)
-        self.projected = sizes.P != sizes.H
         self.width = GATES * self.cut.padded
         self.state_width = GATES * self.p_cut.padded if self.projected else self.cut.padded
         self._zeros = aligned(GATES * self.p_cut.padded, dtype)
         self._zeros[:] = 0
+        self._no_bias = np.zeros(GATES * sizes.H, dtype)
         self._idle: dict[tuple[Any, ...], Workspace] = {}  # of calls before, for calls like them
+        self._spare = Spare(KEPT_PANELS)
+        matrices = ("weight_ih", "weight_hh", "weight_hr")[: 2 + self.projected]
+        self._names = [(f"bias_ih{s}", f"bias_hh{s}", [name + s for name in matrices]) for s in suffixes]
+        self._describe_packing(natural)
         plan: dict[str, int] = dict.fromkeys(PLAN.names or (), 0)
         plan |= {
             "kernel": entry(forward_kernel, dtype), "H": sizes.H, "P": sizes.P, "L": sizes.L, "D": sizes.D,
             "blocks": self.cut.blocks, "tail": int(self.cut.tail_units > 0), "units": self.cut.padded,
             "width": self.width, "state_width": self.state_width, "projected": int(self.projected),
-            "p_blocks": self.p_cut.blocks, "p_tail": int(self.p_cut.tail_units > 0),
+            "p_blocks": self.p_cut.blocks, "p_tail": int(self.p_cut.tail_units > 0), "weights": address(self._weights),
             "zeros": address(self._zeros), "reverse": int(reverse),
         }  # fmt: skip
         self._plan = plan
-        self._natural = natural
-        self._spare = Spare(KEPT_PANELS) if natural else None
-        self._packing = self._describe_packing(natural)
-        self._depths = [
-            sizes.I if layer == 0 else sizes.D * sizes.P for layer in range(sizes.L) for _ in range(sizes.D)
-        ]
-        self._pack(params)
 
-    def repacked(self, params: Mapping[str, Array]) -> Network:
-        """Return a network like this one with other weights."""
-        network = copy.copy(self)
-        network._pack(params)
-        return network
-
-    def _describe_packing(self, natural: bool) -> Packing:
-        """Describe the panels of all weights in the order of `_pack`; `natural`: the backward's behind them."""
-        s, panels, others = self.sizes, [], []
-        for layer in range(s.L):
-            I = s.I if layer == 0 else s.D * s.P
-            for _ in range(s.D):
-                panels += [gates_panel(s.H, K, self.cut) for K in (1, I, s.P)]
-                others += [natural_panel(GATES * s.H, K, self.dtype) for K in (I, s.P)]
-                if self.projected:
-                    panels.append(columns_panel(s.P, s.H, self.p_cut))
-                    others.append(natural_panel(s.P, s.H, self.dtype))
-        self.weight_bytes = sum(panel.size for panel in panels) * self.dtype.itemsize
-        return Packing(panels + others * natural, self.dtype)
-
-    def _pack(self, params: Mapping[str, Array]) -> None:
+    def _describe_packing(self, natural: bool) -> None:
+        """Describe the panels of all weights in the order of `pack`; `natural`: the backward's behind them."""
         s = self.sizes
-        found, others = [], []
-        for layer in range(s.L):
-            for suffix in ("", "_reverse")[: s.D]:
-                name = f"_l{layer}{suffix}"
-                if "bias_ih" + name in params:
-                    bias = params["bias_ih" + name] + params["bias_hh" + name]
-                else:
-                    bias = np.zeros(GATES * s.H, self.dtype)
-                matrices = [params["weight_ih" + name], params["weight_hh" + name]]
-                if self.projected:
-                    matrices.append(params["weight_hr" + name])
-                found += [bias, *matrices]
-                others += matrices
-        self._buffer, addresses = self._packing.make(found + others * self._natural, self._spare)
-        if self._spare and self._buffer.nbytes > L2_BYTES:
-            weakref.finalize(self, self._spare.give_back, self._buffer).atexit = False
-        self.natural_panels = addresses[len(found) :].tolist()
-        each = len(found) // (s.L * s.D)
-        self._weights = np.empty((s.L * s.D, len(WEIGHT_FIELDS)), np.int64)
-        self._weights[:, 0] = self._depths
-        self._weights[:, 1 : 1 + each] = addresses[: len(found)].reshape(-1, each)
-        self._weights_at = address(self._weights)
+        panels: list[Panel] = []
+        others: list[tuple[int, Panel]] = []
+        depths = [s.I if layer == 0 else s.D * s.P for layer in range(s.L) for _ in range(s.D)]
+        for I in depths:
+            found = [gates_panel(s.H, K, self.cut) for K in (1, I, s.P)]
+            first = len(panels)
+            others += [(first + 1 + k, natural_panel(GATES * s.H, K, self.dtype)) for k, K in enumerate((I, s.P))]
+            if self.projected:
+                found.append(columns_panel(s.P, s.H, self.p_cut))
+                others.append((first + 3, natural_panel(s.P, s.H, self.dtype)))
+            panels += found
+        self.weight_bytes = sum(panel.size for panel in panels) * self.dtype.itemsize
+        self._packing = Packing([*enumerate(panels), *(others if natural else ())], self.dtype)
+        self._weights = np.zeros((len(depths), len(WEIGHT_FIELDS)), np.int64)
+        self._weights[:, 0] = depths
+        each = len(panels) // len(depths)
+        self._weights[:, 1 : 1 + each] = np.reshape(self._packing.offsets[: len(panels)], (-1, each))
+        self.natural_offsets = self._packing.offsets[len(panels) :]
+
+    def pack(self, params: Mapping[str, Array]) -> Lent:
+        """Return the panels of weights under PyTorch's names."""
+        weights = []
+        for b_ih, b_hh, matrices in self._names:
+            weights.append(params[b_ih] + params[b_hh] if b_ih in params else self._no_bias)
+            weights += [params[name] for name in matrices]
+        panels = self._spare.lend(self._packing.size, self.dtype)
+        self._packing.make(weights, panels.array)
+        return panels
 
     def _fits_tile(self, rows: int) -> bool:
         """Return whether one tile holds all hidden units of a group of rows."""
@@ -200,7 +182,7 @@ class Network:
         offsets |= {"scratch": counters, "middle": counters + how.ranks * per_rank}
         return counters + how.ranks * per_rank + middle, offsets
 
-    def plan(self, base: int, offsets: dict[str, int], how: Strategy, **values: int) -> Array:
+    def plan(self, base: int, offsets: dict[str, int], how: Strategy, **values: int) -> Iterable[int]:
         """Return the plan of a call with a scratch at an address."""
         plan = self._plan | offsets
         if how.hoisted or self.projected:
@@ -217,17 +199,17 @@ class Network:
         plan["fetch"] = self.weight_bytes // (self.sizes.L * self.sizes.D * how.shares) > L2_BYTES
         alike = how.shares == 1 and not plan["lengths"] and not plan["reset"]
         plan["whole"] = alike and self._fits_tile(-(-plan["N"] // how.groups))
-        return np.array(list(plan.values()), np.int64)
+        return plan.values()
 
     def forward(
-        self, x: Array, out: Array, strides: tuple[int, int, int, int], T: int, N: int,
+        self, panels: Lent, x: Array, out: Array, strides: tuple[int, int, int, int], T: int, N: int,
         state_in: tuple[Array | None, Array | None], state_out: tuple[Array, Array],
         order: Array | None = None, lengths: Array | None = None, reset: Array | None = None,
         how: Strategy | None = None, saved: Array | None = None, dealt: bool = False,
     ) -> None:  # fmt: skip
         """Run a batch of sequences.
 
-        x, out : contiguous, addressed by `strides` = (x_step, x_row, out_step, out_row) in numbers.
+        x, out : contiguous, addressed by `strides` = (x_step, x_row, out_step, out_row) in bytes.
         state_in, state_out : (L*D, N, P) and (L*D, N, H); None is zeros.  order, lengths : int64 (N,), rows by falling
         length and those lengths.  reset : bool (T, N), any strides.  saved : (T, N, 5, H), rows in that order, written
         for the backward.  dealt : whether rows are dealt to the groups of `how` already.
@@ -241,19 +223,16 @@ class Network:
             if order is not None and lengths is not None and how.shares == 1 and how.groups > 1 and not dealt:
                 order, lengths = deal_rows(order, lengths, how.groups)
             values = {
-                "T": T, "N": N, "x_step": strides[0], "x_row": strides[1], "out_step": strides[2],
-                "out_row": strides[3], "order": address(order), "lengths": address(lengths), "reset": address(reset),
+                "T": T, "N": N, "order": address(order), "lengths": address(lengths), "reset": address(reset),
             }  # fmt: skip
+            names = ("x_step", "x_row", "out_step", "out_row")
+            values |= {name: stride // self.dtype.itemsize for name, stride in zip(names, strides, strict=True)}
             if saved is not None:
                 values["advance"] = entry(record_kernel, self.dtype)
             if reset is not None:
                 values |= {"reset_step": reset.strides[0], "reset_row": reset.strides[1]}
             space = Workspace(self, N, T, how, values)
-        given = self._weights_at, address(state_in[0]), address(state_in[1]), address(saved)
-        if given != space.given:
-            space.given = given
-            space.plan[GIVEN] = given
-        space.run(x, out, *state_out)
+        space.run(x, out, *state_out, *state_in, panels.array, saved)
         if plain and space.buffer.nbytes <= KEPT_SCRATCH:
             self._keep(key, space)
 
@@ -264,49 +243,39 @@ class Network:
             with suppress(StopIteration, RuntimeError):  # another thread was faster
                 self._idle.pop(next(iter(self._idle)), None)
 
-    def stream(self, N: int) -> StreamRunner:
+    def stream(self, panels: Lent, N: int) -> StreamRunner:
         """Return a runner that keeps a state."""
-        return StreamRunner(self, N)
+        return StreamRunner(self, panels, N)
 
 
-class Workspace:
+class Workspace(Prepared):
     """The scratch of a call and the plan that points into it; state in buffers of its own unless the plan has them."""
 
     def __init__(self, network: Network, N: int, T: int, how: Strategy, values: dict[str, int]) -> None:
-        self.how = how
         h_bytes, c_bytes = (0, 0) if "h" in values else network.state_bytes(N)
         scratch_bytes, offsets = network.scratch_bytes(N, T, how)
         self.buffer = aligned(h_bytes + c_bytes + scratch_bytes, np.dtype(np.uint8))
         base = address(self.buffer)
         own = {"h": base, "c": base + h_bytes} | values
-        self.plan = network.plan(base + h_bytes + c_bytes, offsets, how, **own)
-        self.run_serial = bind(self.plan)
-        self.given = network._weights_at, 0, 0, 0
-        self.plan[GIVEN] = self.given
-        self._counters = self.buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
-
-    def run(self, x: Array, out: Array, h_n: Array, c_n: Array) -> None:
-        """Run the plan in a parallel region, or on this thread where one is not wanted or not to be had."""
-        if self.how.ranks > 1:
-            self._counters[:] = 0
-            self.plan[1:5] = address(x), address(out), address(h_n), address(c_n)
-            if run_region(self.plan, self.how.ranks):
-                return
-        self.run_serial(x, out, h_n, c_n)
+        counters = self.buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
+        super().__init__(network.plan(base + h_bytes + c_bytes, offsets, how, **own), counters, how.ranks)
 
 
 class StreamRunner:
     """The state of a stream in the kernels' own buffers, so that a step copies nothing."""
 
-    def __init__(self, network: Network, N: int) -> None:
+    def __init__(self, network: Network, panels: Lent, N: int) -> None:
         self.network, self.N = network, N
+        self._panels = panels
         s = network.sizes
         h_bytes, c_bytes = network.state_bytes(N)
         self._state = aligned(h_bytes + c_bytes, np.dtype(np.uint8))
         self._state[:] = 0
         base = address(self._state)
-        self._values = {"keep": 1, "N": N, "h": base, "c": base + h_bytes, "x_row": s.I, "out_row": s.P}
-        self._values |= {"x_step": N * s.I, "out_step": N * s.P}
+        self._values = {
+            "keep": 1, "N": N, "h": base, "c": base + h_bytes, "panels": address(panels.array),
+            "x_row": s.I, "out_row": s.P, "x_step": N * s.I, "out_step": N * s.P,
+        }  # fmt: skip
         self._space = self._workspace(1, Strategy(1, 1, 1, False, 1))
         self._chunk, self._chunk_key = self._space, (0, 0)  # of the chunk before
         self._plan = self._space.plan
@@ -332,7 +301,7 @@ class StreamRunner:
             self._chunk_key, self._chunk = key, self._workspace(T, how)
         parity = self._plan[self._parity]
         self._chunk.plan[self._parity] = parity
-        self._chunk.run(x, out, x, x)
+        self._chunk.run(x, out)
         self._plan[self._parity] = (parity + T) & 1
         return out
 

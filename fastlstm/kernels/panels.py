@@ -6,7 +6,6 @@ same form, serve out = a W and are copies of pieces of rows.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,19 +17,19 @@ from numba import carray, from_dtype, types
 from numpy.typing import NDArray
 
 from fastlstm import threads
-from fastlstm.kernels.call import HEAD, bind
+from fastlstm.kernels.call import address
 from fastlstm.kernels.compile import entry
-from fastlstm.kernels.region import run_region
+from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.simd import I64, Builder, Vec, kernel, target
-from fastlstm.kernels.team import LINE, OBJECTS, lazy, next_task, on_stack, part, record, record_at
+from fastlstm.kernels.team import LINE, integer_at, lazy, next_task, on_stack, part, record, record_at
 from fastlstm.kernels.tile import GATES, blocking
 
 __all__ = [
     "Cut",
+    "Lent",
     "Packing",
     "Panel",
     "Spare",
-    "address",
     "aligned",
     "columns_panel",
     "cut_block",
@@ -44,11 +43,6 @@ __all__ = [
 Array = NDArray[Any]
 ALIGNMENT = 64
 PARALLEL_BYTES = 1 << 20  # of panels below which a parallel region does not pay
-
-
-def address(array: Array | None) -> int:
-    """Return where an array's data is, 0 for None; in a quarter of the time that `array.ctypes` takes."""
-    return 0 if array is None else ctypes.c_size_t.from_address(id(array) + HEAD).value
 
 
 @dataclass(frozen=True)
@@ -94,18 +88,31 @@ class Spare:
         self._most = most  # bytes
         self._kept: list[Array] = []
 
-    def take(self, count: int, dtype: np.dtype) -> Array:
-        """Return an array that starts on a cache line, of so many numbers or more."""
+    def lend(self, count: int, dtype: np.dtype) -> Lent:
+        """Return memory for so many numbers or more, that starts on a cache line."""
         with suppress(IndexError):
             kept = self._kept.pop()
             if kept.size >= count:
-                return kept
-        return aligned(count, dtype)
+                return Lent(kept, self)
+        return Lent(aligned(count, dtype), self)
 
     def give_back(self, array: Array) -> None:
         """Keep an array that nobody uses any more, unless it is too large."""
         if array.nbytes <= self._most:
             self._kept[:] = [array]
+
+
+class Lent:
+    """An array that goes back where it came from when nobody holds this any more."""
+
+    __slots__ = ("_spare", "array")
+
+    def __init__(self, array: Array, spare: Spare) -> None:
+        self.array, self._spare = array, spare
+
+    def __del__(self) -> None:
+        """Leave the memory to the next user."""
+        self._spare.give_back(self.array)
 
 
 def most_vectors() -> int:
@@ -121,15 +128,16 @@ class Panel:
     parts: Sequence[tuple[int, ...]]
 
 
-# A number of blocks of one sort.  Addresses in bytes, all else in numbers.
+# A number of blocks of one sort.  Offsets in bytes, all else in numbers.
 JOB = record(
-    "weight", "out",  # (rows, depth) or, natural, (depth, columns); panels
+    "which", "weight", "out",  # the weight and an offset in it, (rows, depth) or, natural, (depth, columns); panels
     "natural", "narrow", "depth", "blocks",
     "units", "gate_rows", "block_rows",  # a row of the weight is gate * gate_rows + block * block_rows + unit
     "rows", "gate_limit",  # how many count, and by how many fewer for each gate
     "columns",
 )  # fmt: skip
-PLAN = record("kernel", "jobs", "count", "ranks", "counters")
+HEADER = record("count", "ranks", "counters")  # of the jobs, which lie behind it
+PLAN = record("kernel", "out", "header")  # behind it the addresses of the weights
 
 
 def _transposed(K: int, cut: Cut, gate_rows: int, gate_step: int, limit: int, gate_limit: int) -> Panel:
@@ -165,34 +173,37 @@ def natural_panel(K: int, columns: int, dtype: np.dtype) -> Panel:
 
 
 class Packing:
-    """How a set of weights is packed, again and again for other values: panels side by side in one buffer."""
+    """How a set of weights is packed, again and again for other values: panels side by side in one buffer.
 
-    def __init__(self, panels: Sequence[Panel], dtype: np.dtype[Any]) -> None:
-        self.dtype, self._count = dtype, len(panels)
-        starts = [0]
-        for panel in panels:
-            starts.append(starts[-1] + -(-panel.size // ALIGNMENT) * ALIGNMENT)
-        self._starts = np.array(starts[:-1]) * dtype.itemsize
-        self._size = starts[-1]
-        self._which = np.array([i for i, panel in enumerate(panels) for _ in panel.parts])
-        self._jobs = np.array([part for panel in panels for part in panel.parts], np.int64)
-        self._jobs[:, :2] *= dtype.itemsize
-        self._jobs[:, 1] += self._starts[self._which]
+    panels : each with the number of the weight it is made of.
+    """
 
-    def make(self, weights: Sequence[Array], spare: Spare | None = None) -> tuple[Array, Array]:
-        """Return a buffer with the panels of C-contiguous weights, and the panels' addresses."""
-        buffer = spare.take(self._size, self.dtype) if spare else aligned(self._size, self.dtype)
-        base = address(buffer)
-        jobs = self._jobs.copy()
-        jobs[:, 0] += np.array([address(weight) for weight in weights])[self._which]
-        jobs[:, 1] += base
-        ranks = threads.get_num_threads() if buffer.nbytes > PARALLEL_BYTES else 1
-        counters = np.zeros(2 * LINE, np.uint8)
-        plan = np.array([entry(panels_kernel, self.dtype), address(jobs), len(jobs), ranks, address(counters)])
-        if ranks == 1 or not run_region(plan, ranks):
-            plan[3] = 1
-            bind(plan)(jobs, jobs)
-        return buffer, self._starts + base
+    def __init__(self, panels: Sequence[tuple[int, Panel]], dtype: np.dtype[Any]) -> None:
+        self.dtype, self.size = dtype, 0
+        self.offsets: list[int] = []
+        """Where each panel lies, in bytes."""
+        jobs = []
+        for which, panel in panels:
+            for source, out, *rest in panel.parts:
+                jobs.append((which, source * dtype.itemsize, (self.size + out) * dtype.itemsize, *rest))
+            self.offsets.append(self.size * dtype.itemsize)
+            self.size += -(-panel.size // ALIGNMENT) * ALIGNMENT
+        self._jobs = np.array(jobs, np.int64)
+        self._idle: dict[int, tuple[Prepared, Array] | None] = {}  # by threads
+
+    def make(self, weights: Sequence[Array], out: Array) -> None:
+        """Write the panels of C-contiguous weights to a buffer of `size` numbers."""
+        ranks = threads.get_num_threads() if out.nbytes > PARALLEL_BYTES else 1
+        idle = self._idle.pop(ranks, None) or self._prepare(ranks)
+        prepared, header = idle
+        prepared.run(out, header, *weights)
+        self._idle[ranks] = idle
+
+    def _prepare(self, ranks: int) -> tuple[Prepared, Array]:
+        counters = aligned(2 * LINE, np.dtype(np.uint8))
+        header = np.array([len(self._jobs), ranks, address(counters), *self._jobs.flat])
+        most = 1 + int(self._jobs[:, 0].max())
+        return Prepared([entry(panels_kernel, self.dtype), 0, 0, *[0] * most], counters, ranks), header
 
 
 def _transpose(b: Builder, rows: list[Vec]) -> list[Vec]:
@@ -263,38 +274,42 @@ def panels_kernel(dtype: np.dtype):
     units = [blocking(dtype).units] + [blocking(dtype).tail] * bool(blocking(dtype).tail)
     transposed = kernel(dtype, "transposed", 5, _emit_transposed, units)
     natural = kernel(dtype, "natural", 5, _emit_natural, range(1, widest + 1))
-    job_at = record_at(from_dtype(JOB))
+    job_at, plan_at, header_at = (record_at(from_dtype(dtype_)) for dtype_ in (JOB, PLAN, HEADER))
+    header_size, plan_size = HEADER.itemsize, PLAN.itemsize
     i = types.int64
 
-    @part(types.void, from_dtype(JOB), i)
-    def make_block(job, block):
+    @part(types.void, from_dtype(JOB), i, i, i)
+    def make_block(job, weight, panels, block):
         if job.natural:
             first, vectors = cut_block(job.columns, block, lanes, widest)
             at = first * lanes
             natural(on_stack((
-                vectors - 1, job.weight + at * size, job.columns, job.columns - at, job.depth,
-                job.out + at * job.depth * size,
+                vectors - 1, weight + at * size, job.columns, job.columns - at, job.depth,
+                panels + at * job.depth * size,
             )))  # fmt: skip
             return
         for gate in range(GATES):
             rows = job.rows - block * job.block_rows - gate * job.gate_limit
-            source = job.weight + (gate * job.gate_rows + block * job.block_rows) * job.depth * size
-            out = job.out + (block * job.depth * GATES + gate) * job.units * size
+            source = weight + (gate * job.gate_rows + block * job.block_rows) * job.depth * size
+            out = panels + (block * job.depth * GATES + gate) * job.units * size
             transposed(on_stack((job.narrow, source, max(rows, 0), job.depth, out, GATES * job.units)))
 
-    def run(plan, rank, x, out, h_n, c_n):
-        p = carray(plan, 1)[0]
-        task, job, before = -1, 0, 0
+    def run(plan, rank):
+        p = carray(plan_at(plan), 1)[0]
+        h = carray(header_at(p.header), 1)[0]
+        jobs = p.header + header_size
+        task, nth, before = -1, 0, 0
         while True:
-            task = next_task(p.counters) if p.ranks > 1 else task + 1
-            while job < p.count:
-                blocks = carray(job_at(p.jobs + job * job_size), 1)[0].blocks
+            task = next_task(h.counters) if h.ranks > 1 else task + 1
+            while nth < h.count:
+                blocks = carray(job_at(jobs + nth * job_size), 1)[0].blocks
                 if task < before + blocks:
                     break
                 before += blocks
-                job += 1
-            if job == p.count:
+                nth += 1
+            if nth == h.count:
                 break
-            make_block(carray(job_at(p.jobs + job * job_size), 1)[0], task - before)
+            job = carray(job_at(jobs + nth * job_size), 1)[0]
+            make_block(job, integer_at(plan + plan_size + job.which * 8) + job.weight, p.out + job.out, task - before)
 
-    return run, types.void(types.CPointer(from_dtype(PLAN)), *[types.int64] * (1 + OBJECTS))
+    return run, types.void(types.int64, types.int64)

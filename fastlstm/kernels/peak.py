@@ -14,7 +14,7 @@ from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import aligned
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.simd import I64, Builder, kernel
-from fastlstm.kernels.team import LINE, OBJECTS, record, set_integer
+from fastlstm.kernels.team import LINE, record, set_integer
 from fastlstm.kernels.tile import GATES, Shape, blocking, chain
 
 __all__ = ["measure_peak"]
@@ -37,7 +37,7 @@ def peak_kernel(dtype: np.dtype[Any]):
     size, rows, width = dtype.itemsize, blocking(dtype).rows, GATES * blocking(dtype).units
     tile = kernel(dtype, "peak", 3, _emit_tile, [Shape(rows, (blocking(dtype).units,))])
 
-    def run(plan, rank, x, out, h_n, c_n):
+    def run(plan, rank):
         p = carray(plan, 1)[0]
         table = p.scratch + rank * p.scratch_rank
         panel = table + LINE
@@ -49,7 +49,7 @@ def peak_kernel(dtype: np.dtype[Any]):
         for _ in range(p.repeats):
             tile(table)
 
-    return run, types.void(types.CPointer(from_dtype(PLAN)), *[types.int64] * (1 + OBJECTS))
+    return run, types.void(types.CPointer(from_dtype(PLAN)), types.int64)
 
 
 def measure_peak(dtype: object = np.float32, threads: int = 1) -> float:
@@ -78,7 +78,7 @@ def measure_peak(dtype: object = np.float32, threads: int = 1) -> float:
         plan = np.array([address, repeats, scratch.ctypes.data, per_rank], np.int64)
         begin = time.perf_counter()
         if threads == 1 or not run_region(plan, threads):
-            bind(plan)(plan, plan)
+            bind(plan)()
             ran = 1
         else:
             ran = threads

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,11 @@ from numba import carray, from_dtype, types
 from numpy.typing import NDArray
 
 from fastlstm import threads
-from fastlstm.kernels.call import HEAD, bind
+from fastlstm.kernels.call import address
 from fastlstm.kernels.compile import entry
-from fastlstm.kernels.panels import Packing, address, aligned, columns_panel, cut_columns
-from fastlstm.kernels.region import run_region
-from fastlstm.kernels.team import LINE, OBJECTS, call_tile, copy, integer_at, next_task, part, record, set_integer
+from fastlstm.kernels.panels import Packing, aligned, columns_panel, cut_columns
+from fastlstm.kernels.region import Prepared
+from fastlstm.kernels.team import LINE, call_tile, copy, next_task, part, record, set_integer
 from fastlstm.kernels.tile import GATES, blocking, most_blocks, project_kernel, shapes
 
 __all__ = ["Product", "block_tables", "product_part"]
@@ -108,10 +107,8 @@ def product_kernel(dtype: np.dtype[Any]):
     size = dtype.itemsize
     product = product_part(dtype)[-1]
 
-    def run(plan, rank, x, out, h_n, c_n):
+    def run(plan, rank):
         p = carray(plan, 1)[0]
-        if x:
-            p.x, p.out = integer_at(x + HEAD), integer_at(out + HEAD)
         table = p.scratch + rank * p.scratch_rank
         sums = table + ROWS * 8
         for row in range(ROWS):
@@ -132,7 +129,7 @@ def product_kernel(dtype: np.dtype[Any]):
                 to = p.out + (row0 + row) * p.outputs * size
                 copy(to, sums + row * p.width * size, p.outputs * size)
 
-    return run, types.void(types.CPointer(from_dtype(PLAN)), *[types.int64] * (1 + OBJECTS))
+    return run, types.void(types.CPointer(from_dtype(PLAN)), types.int64)
 
 
 class Product:
@@ -150,14 +147,16 @@ class Product:
         dtype = weight.dtype
         self._cut = cut_columns(len(weight), dtype)
         self._width = GATES * self._cut.padded
-        self._panel, _ = Packing([columns_panel(len(weight), weight.shape[1], self._cut)], dtype).make([weight])
+        packing = Packing([(0, columns_panel(len(weight), weight.shape[1], self._cut))], dtype)
+        self._panel = aligned(packing.size, dtype)
+        packing.make([weight], self._panel)
         self._start = aligned(self._width, dtype)
         self._start[:] = 0
         if bias is not None:
             self._start[: len(bias)] = bias
         self._shape, self._dtype = weight.shape, dtype
         self._address = entry(product_kernel, dtype)
-        self._idle: dict[tuple[int, int], tuple[Array, Array, Callable[..., Array]]] = {}  # of calls before
+        self._idle: dict[tuple[int, int], Prepared] = {}  # of calls before
         self._project = entry(project_kernel, dtype)
 
     def apply(self, x: Array, out: Array) -> None:
@@ -165,28 +164,20 @@ class Product:
         rows = len(x)
         outputs, K = self._shape
         ranks = min(threads.get_num_threads(), -(-rows // ROWS)) if rows * K * outputs > SERIAL_WORK else 1
-        space = self._idle.pop((rows, ranks), None) or self._prepare(rows, ranks)
-        plan, counters, run_serial = space
-        if ranks > 1:
-            counters[:] = 0
-            plan[1:3] = address(x), address(out)
-        if ranks == 1 or not run_region(plan, ranks):
-            run_serial(x, out)
+        prepared = self._idle.pop((rows, ranks), None) or self._prepare(rows, ranks)
+        prepared.run(x, out)
         if len(self._idle) < KEPT_PLANS:
-            self._idle[rows, ranks] = space
+            self._idle[rows, ranks] = prepared
 
-    def _prepare(self, rows: int, ranks: int) -> tuple[Array, Array, Callable[..., Array]]:
-        """Return a plan for so many rows, the team's counters in its scratch, and how it runs on this thread."""
+    def _prepare(self, rows: int, ranks: int) -> Prepared:
+        """Return a plan for so many rows, the team's counters in its scratch."""
         outputs, K = self._shape
         per_rank = ROWS * (8 + self._width * self._dtype.itemsize) + LINE
-        buffer = aligned(2 * LINE + ranks * per_rank, np.dtype(np.uint8))
-        base = address(buffer)
-        plan = np.array(
-            [
-                self._address, 0, 0, rows, K, outputs, address(self._start), address(self._panel),
-                self._cut.blocks, int(self._cut.tail_units > 0), self._width, self._project,
-                int(self._panel.nbytes > L2_BYTES), ranks, base, base + 2 * LINE, per_rank,
-            ],
-            np.int64,
+        scratch = aligned(2 * LINE + ranks * per_rank, np.dtype(np.uint8))
+        base = address(scratch)
+        numbers = (
+            self._address, 0, 0, rows, K, outputs, address(self._start), address(self._panel),
+            self._cut.blocks, int(self._cut.tail_units > 0), self._width, self._project,
+            int(self._panel.nbytes > L2_BYTES), ranks, base, base + 2 * LINE, per_rank,
         )  # fmt: skip
-        return plan, buffer[: 2 * LINE], bind(plan)
+        return Prepared(numbers, scratch[: 2 * LINE], ranks)

@@ -1,10 +1,12 @@
-"""Running a plan on several threads, or telling the caller that they are not to be had."""
+"""Running a plan: on several threads, or on the caller's where they are not wanted or not to be had."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import numba
 import numpy as np
@@ -12,13 +14,16 @@ from numba.np.ufunc import parallel
 from numpy.typing import NDArray
 
 from fastlstm import threads
+from fastlstm.kernels.call import FIRST, address, bind
 from fastlstm.kernels.compile import parallel_region
-from fastlstm.kernels.team import OBJECTS, run_parallel
+from fastlstm.kernels.team import run_parallel
 
-__all__ = ["run_region"]
+__all__ = ["Prepared", "run_region"]
+
+Array = NDArray[Any]
 
 _SIGNATURE = numba.void(numba.int64, numba.int64)
-_KERNEL = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * (2 + OBJECTS))
+_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -47,10 +52,38 @@ def _run_on_own_threads(plan: NDArray[np.int64], ranks: int) -> None:
     global _pool
     if _pool is None:
         _pool = ThreadPoolExecutor(max(1, numba.config.NUMBA_NUM_THREADS - 1), "fastlstm")
-    kernel, address = _KERNEL(int(plan[0])), plan.ctypes.data
+    kernel, at = _KERNEL(int(plan[0])), plan.ctypes.data
     others = []
     with suppress(RuntimeError):  # no new thread at the interpreter's exit: the caller does all shares
-        others = [_pool.submit(kernel, address, rank, *[0] * OBJECTS) for rank in range(1, ranks)]
-    kernel(address, 0, *[0] * OBJECTS)
+        others = [_pool.submit(kernel, at, rank) for rank in range(1, ranks)]
+    kernel(at, 0)
     for other in others:
         other.result()
+
+
+class Prepared:
+    """A plan that is run again and again with other arrays, by one caller at a time.
+
+    Parameters
+    ----------
+    numbers : iterable of int
+        The fields of the plan, the addresses of the arrays first (behind the kernel's).
+    counters : ndarray of uint8
+        The team's, which start at zero.
+    ranks : int
+        Threads.
+    """
+
+    def __init__(self, numbers: Iterable[int], counters: Array, ranks: int) -> None:
+        self.plan = np.array(list(numbers), np.int64)
+        self._counters, self._ranks = counters, ranks
+        self.run_serial = bind(self.plan)
+
+    def run(self, *arrays: Array | None) -> None:
+        """Run the plan with the addresses of these arrays, 0 for None, in a parallel region or on this thread."""
+        if self._ranks > 1:
+            self._counters[:] = 0
+            self.plan[FIRST : FIRST + len(arrays)] = [address(array) for array in arrays]
+            if run_region(self.plan, self._ranks):
+                return
+        self.run_serial(*arrays)

@@ -16,10 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, from_dtype, types
 
-from fastlstm.kernels.call import HEAD
 from fastlstm.kernels.product import block_tables, product_part
 from fastlstm.kernels.team import (
-    OBJECTS,
     byte_at,
     call_tile,
     clear,
@@ -42,8 +40,12 @@ __all__ = ["PLAN", "SPAN", "WEIGHT_FIELDS", "forward_kernel"]
 # What one call is about, written by `network.py`.  Addresses in bytes, all else in numbers.
 PLAN = record(
     "kernel",
+    # from here to `saved` the arrays of a call, in the order in which they are given
     "x", "out",  # (T, N, I), (T, N, D*P), in steps and rows as below
     "h_n", "c_n",  # (L*D, N, P), (L*D, N, H)
+    "h_0", "c_0",  # (L*D, N, P), (L*D, N, H); 0: zeros
+    "panels",  # of all weights
+    "saved",  # (T, N, 5, H): i, f, g, o, c' of every step for the backward, rows in the order of the state; 0: none
     "x_step", "x_row", "out_step", "out_row",  # strides
     "T", "N", "H", "P", "L", "D",
     "blocks", "tail",  # main blocks of hidden units; 1 if a narrow block follows
@@ -52,16 +54,14 @@ PLAN = record(
     "projected", "p_blocks", "p_tail",  # 1 if there is W_hr, and its blocks
     "advance", "project",  # the tiles
     "fetch",  # 1: a thread's weights do not stay in L2
-    "weights",  # (L*D, WEIGHT_FIELDS)
+    "weights",  # (L*D, WEIGHT_FIELDS): what does not change when the weights do
     "zeros",  # a row of zeros, where a product starts that has no bias
     "h", "c",  # state: (L*D, 2, N, state_width), (L*D, N, units)
     "parity",  # which of the two h the first step reads
     "keep",  # 1: the state is in h and c already and stays there (streaming)
-    "h_0", "c_0",  # (L*D, N, P), (L*D, N, H); 0: zeros
     "order", "lengths",  # (N,): rows by falling length, and those lengths; 0: all rows have T steps, in their own order
     "reset", "reset_step", "reset_row",  # bytes (T, N); 0: none
     "reverse",  # 1: the only direction runs from the last step to the first
-    "saved",  # (T, N, 5, H): i, f, g, o, c' of every step for the backward, rows in the order of the state; 0: none
     "middle",  # two buffers (T, N, 2P) between the layers of a bidirectional network
     "hoisted", "chunk",  # 1: the input product is hoisted; steps in a chunk
     "whole",  # 1: one tile holds all hidden units and no row differs from another, so that it can make many steps
@@ -71,9 +71,9 @@ PLAN = record(
     "z_at", "between_at", "m_at",  # z of a chunk, outputs between layers, outputs before the projection
 )  # fmt: skip
 
-# One direction of one layer: its input size, and where its panels are.
+# One direction of one layer: its input size, and where its panels are among all.
 WEIGHT_FIELDS = ("depth", "bias", "w_ih", "w_hh", "w_hr")
-DEPTH, BIAS, W_IH, W_HH, W_HR = range(5)
+BIAS, W_IH, W_HH, W_HR = range(1, 5)
 
 # Where a thread is in its span, in the thread's own scratch.
 SPAN = record(
@@ -93,7 +93,7 @@ TABLES_AT = -(-SPAN.itemsize // 64) * 64
 
 
 def forward_kernel(dtype: np.dtype):
-    """Describe the forward kernel of one dtype: a function of the plan, the thread's rank, and array objects or 0."""
+    """Describe the forward kernel of one dtype: a function of the plan and the thread's rank."""
     size = dtype.itemsize
     block_units = blocking(dtype).units
     block_width = GATES * block_units
@@ -160,9 +160,13 @@ def forward_kernel(dtype: np.dtype):
                 high = middle
         return low - q.row0
 
+    @part(i, plan_type, i)
+    def depth_of(p, k):
+        return integer_at(p.weights + k * len(WEIGHT_FIELDS) * 8)
+
     @part(i, plan_type, i, i)
     def weight(p, k, field):
-        return integer_at(p.weights + (k * len(WEIGHT_FIELDS) + field) * 8)
+        return p.panels + integer_at(p.weights + (k * len(WEIGHT_FIELDS) + field) * 8)
 
     @part(i, plan_type, i, i, i)
     def h_at(p, k, parity, row):
@@ -222,7 +226,7 @@ def forward_kernel(dtype: np.dtype):
                 rows += 1
         z = q.z + (d - q.direction0) * p.chunk * q.rows * p.width * size
         product(
-            p.project, weight(p, k, BIAS), q.a, q.a_rows, rows, weight(p, k, DEPTH), weight(p, k, W_IH),
+            p.project, weight(p, k, BIAS), q.a, q.a_rows, rows, depth_of(p, k), weight(p, k, W_IH),
             first, last, p.blocks, z, p.width, p.fetch,
         )  # fmt: skip
 
@@ -234,7 +238,7 @@ def forward_kernel(dtype: np.dtype):
         rows = count_active(p, q, t)
         parity = (p.parity + q.done + q.j) & 1
         h_next = h_at(p, k, 1 - parity, q.row0)
-        start, start_stride, depth = weight(p, k, BIAS), 0, weight(p, k, DEPTH)
+        start, start_stride, depth = weight(p, k, BIAS), 0, depth_of(p, k)
         if p.hoisted:
             z_from = q.z_from1 if reverse else q.z_from0
             start = q.z + ((d - q.direction0) * p.chunk * q.rows + z_from) * p.width * size
@@ -369,12 +373,8 @@ def forward_kernel(dtype: np.dtype):
             q.kind = SAVE
             run_phase(p, q)
 
-    def forward(plan, rank, x, out, h_n, c_n):
+    def forward(plan, rank):
         p = carray(plan, 1)[0]
-        if x:
-            p.x, p.out = integer_at(x + HEAD), integer_at(out + HEAD)
-        if h_n:
-            p.h_n, p.c_n = integer_at(h_n + HEAD), integer_at(c_n + HEAD)
         q = carray(span_at(p.scratch + rank * p.scratch_rank), 1)[0]
         q.rank, q.shares, q.phase = rank, p.shares, 0
         together = p.shares > 1  # all threads in one task
@@ -401,4 +401,4 @@ def forward_kernel(dtype: np.dtype):
         if p.ranks == 1:  # of a stream; where there are more threads the caller does it
             p.parity = (p.parity + p.T) & 1
 
-    return forward, types.void(types.CPointer(plan_type), *[i] * (1 + OBJECTS))
+    return forward, types.void(types.CPointer(plan_type), i)

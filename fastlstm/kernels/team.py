@@ -24,7 +24,6 @@ from fastlstm.kernels.simd import I8, I32, I64
 
 __all__ = [
     "LINE",
-    "OBJECTS",
     "byte_at",
     "call_kernel",
     "call_tile",
@@ -45,7 +44,6 @@ __all__ = [
 ]
 
 LINE = 128  # bytes; two lines, because some CPUs fetch them in pairs
-OBJECTS = 4  # array objects that every kernel takes behind its plan and rank: x, out, h_n, c_n; or 0
 SPINS_BEFORE_YIELD = 4096  # a power of two
 SPINS_BEFORE_STEAL = 1024  # tens of microseconds: a thread that is only late keeps its share and its cache
 
@@ -323,17 +321,17 @@ def call_tile(typingctx, function, arguments):
 
 
 @intrinsic
-def call_kernel(typingctx, kernel, plan, rank, x, out, h_n, c_n):
-    """Call the kernel at an address, with a plan at another and array objects; or 0, where the plan has addresses."""
+def call_kernel(typingctx, kernel, plan, rank):
+    """Call the kernel at an address with a plan at another, as one of the threads."""
 
     def codegen(context, builder, signature, args):
         _call(builder, args[0], args[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7), codegen
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 def run_parallel(plan, ranks):
     """Run a plan once for each rank, in one parallel region; its first field is the kernel's address."""
     for rank in prange(ranks):
-        call_kernel(integer_at(plan), plan, rank, 0, 0, 0, 0)
+        call_kernel(integer_at(plan), plan, rank)

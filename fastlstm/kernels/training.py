@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,13 +10,13 @@ from numpy.typing import NDArray
 
 from fastlstm import threads
 from fastlstm.kernels.backward import DOWN_DEPTH, PLAN, TABLES, TABLES_AT, backward_kernel
-from fastlstm.kernels.call import bind
+from fastlstm.kernels.call import address
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.gradient_tile import LEFT, add_kernel, cell_kernel, multiply_kernel, pack_kernel
 from fastlstm.kernels.network import Network, Sizes, Strategy, choose_strategy, deal_rows
-from fastlstm.kernels.panels import Packing, Spare, address, aligned, natural_panel
+from fastlstm.kernels.panels import Lent, Packing, Spare, aligned, natural_panel
 from fastlstm.kernels.product import SERIAL_WORK, Product
-from fastlstm.kernels.region import run_region
+from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.simd import target
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import GATES, KEPT
@@ -30,6 +29,7 @@ CHUNK_ROWS = 256  # of d_z in a chunk, so that d_W is a product of some depth an
 LARGE_GRADIENTS = 4 << 20  # bytes of d_W that had better not be read at every chunk
 LARGE_CHUNK_ROWS = 512
 KEPT_SPACES = 4
+NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"
 KEPT_SPACE, KEPT_ROOM = 8 << 20, 64 << 20  # bytes of a scratch and of a tape that are left to the next call
 
 
@@ -46,7 +46,7 @@ class Rows(NamedTuple):
     def of(cls, T: int, order: Array | None, lengths: Array | None, reset: Array | None, groups: int) -> Rows:
         """Deal rows to groups: `order` (N,) by falling length, `lengths` (N,) in the order of the batch."""
         if order is None or lengths is None:
-            return cls(None, None, None, None, reset)
+            return _ALL if reset is None else _ALL._replace(reset=reset)
         places = np.empty(len(order), np.int64)
         places[order] = np.arange(len(order))
         falling = lengths[order]
@@ -54,6 +54,9 @@ class Rows(NamedTuple):
         if groups > 1:
             order, falling = deal_rows(order, falling, groups)
         return cls(order, falling, places[order], active, reset)
+
+
+_ALL = Rows(None, None, None, None, None)
 
 
 class Steps(NamedTuple):
@@ -72,20 +75,13 @@ def _chunk_rows(gradients: int) -> int:
     return LARGE_CHUNK_ROWS if gradients > LARGE_GRADIENTS else CHUNK_ROWS
 
 
-def _strides(array: Array | None) -> tuple[int, int]:
-    """Return the strides of steps and rows in numbers."""
-    if array is None:
-        return 0, 0
-    return array.strides[0] // array.itemsize, array.strides[1] // array.itemsize
-
-
 class Direction:
-    """Weights of one direction of one layer, packed for the forward and the backward.
+    """How one direction of one layer is packed and run, forward and backward, whatever its weights.
 
     Parameters
     ----------
     params : mapping of str to ndarray
-        Weights under PyTorch's names.
+        Weights of its sizes under PyTorch's names.
     suffix : str
         What the names of this layer and direction end in.
     reverse : bool
@@ -93,75 +89,63 @@ class Direction:
     """
 
     def __init__(self, params: Mapping[str, Array], suffix: str, reverse: bool) -> None:
-        self.suffix, self.reverse = suffix, reverse
-        own = self._own(params)
-        w_ih, w_hh = own["weight_ih_l0"], own["weight_hh_l0"]
-        self.dtype = w_ih.dtype
-        self.bias, self.projected = "bias_ih_l0" in own, "weight_hr_l0" in own
-        self.I, self.P, self.H = w_ih.shape[1], w_hh.shape[1], len(w_hh) // GATES
-        self.zeros = np.zeros(max(GATES * self.H, self.I), self.dtype)
-        ramp = np.arange(GATES * self.H, dtype=np.int64)
+        self.reverse = reverse
+        shapes = {name: params[name + suffix].shape for name in NAMES if name + suffix in params}
+        self.weights = [(name, name + suffix, shape) for name, shape in shapes.items()]
+        self.dtype = params["weight_ih" + suffix].dtype
+        self.projected = "weight_hr" in shapes
+        J, self.I = shapes["weight_ih"]
+        self.H, self.P = J // GATES, shapes["weight_hh"][1]
+        self.zeros = np.zeros(max(J, self.I), self.dtype)
+        ramp = np.arange(J, dtype=np.int64)
         self.ramp_i, self.ramp_p, self.ramp_h = ramp * self.I, ramp * self.P, ramp[: self.P] * self.H
-        self._chunk_rows = _chunk_rows(w_ih.nbytes + w_hh.nbytes)
+        self._chunk_rows = _chunk_rows(J * (self.I + self.P) * self.dtype.itemsize)
         self._idle: dict[tuple[Any, ...], BackwardSpace] = {}
-        self.spare = Spare(KEPT_ROOM)  # of tapes
-        self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, own, reverse, natural=True)
-
-    def _own(self, params: Mapping[str, Array]) -> dict[str, Array]:
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-        return {name + "_l0": params[name + self.suffix] for name in names if name + self.suffix in params}
-
-    def repacked(self, params: Mapping[str, Array]) -> Direction:
-        """Return a direction like this one with other weights."""
-        direction = copy.copy(self)
-        direction.network = self.network.repacked(self._own(params))
-        return direction
+        self._strategies: dict[tuple[int, int, int], Strategy] = {}
+        self._spare = Spare(KEPT_ROOM)  # of tapes
+        self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, [suffix], reverse, natural=True)
 
     def choose(self, N: int, T: int, lengths: Array | None) -> Strategy:
         """Choose how some steps are shared out, forward and backward."""
-        return choose_strategy(self.network, N, T, threads.get_num_threads(), lengths)
+        key = N, T, threads.get_num_threads()
+        how = self._strategies.get(key) if lengths is None else None
+        if how is None:
+            how = choose_strategy(self.network, *key, lengths)
+            if lengths is None and len(self._strategies) < KEPT_SPACES:
+                self._strategies[key] = how
+        return how
 
     def chunk_steps(self, N: int) -> int:
         """Return how many steps of so many rows make a chunk."""
         return max(1, self._chunk_rows // max(1, N))
 
-    def room(self, T: int, N: int) -> Array:
-        """Return room for the (T, N, 5, H) that the backward needs, or more; to be given back to `spare`."""
-        return self.spare.take(T * N * KEPT * self.H, self.dtype)
+    def room(self, T: int, N: int) -> Lent:
+        """Return room for the (T, N, 5, H) that the backward needs, or more."""
+        return self._spare.lend(T * N * KEPT * self.H, self.dtype)
 
-    def forward(self, steps: Steps, h_n: Array, c_n: Array, saved: Array | None) -> None:
+    def forward(self, panels: Lent, steps: Steps, h_n: Array, c_n: Array, saved: Lent | None) -> None:
         """Run some steps: writes `steps.out`, h_n (N, P), c_n (N, H), and to its `room` what the backward needs."""
-        T, N = steps.x.shape[:2]
-        rows = steps.rows
-        state = (steps.h_0, steps.c_0)
+        x, out, h_0, c_0, rows, how = steps
+        T, N, _ = x.shape
+        x_step, x_row, _ = x.strides
+        out_step, out_row, _ = out.strides
         self.network.forward(
-            steps.x, steps.out, (*_strides(steps.x), *_strides(steps.out)), T, N, state, (h_n, c_n),
-            rows.order, rows.lengths, rows.reset, steps.how, saved, True,
+            panels, x, out, (x_step, x_row, out_step, out_row), T, N, (h_0, c_0), (h_n, c_n),
+            rows.order, rows.lengths, rows.reset, how, None if saved is None else saved.array, True,
         )  # fmt: skip
 
-    def gradients(self) -> dict[str, Array]:
-        """Return room for the gradients of the weights."""
-        rows, dtype = GATES * self.H, self.dtype
-        found: dict[str, Array] = {"weight_ih": np.empty((rows, self.I), dtype)}
-        found["weight_hh"] = np.empty((rows, self.P), dtype)
-        if self.bias:
-            found["bias_ih"] = np.empty(rows, dtype)
-        if self.projected:
-            found["weight_hr"] = np.empty((self.P, self.H), dtype)
-        return found
-
     def backward(
-        self, steps: Steps, saved: Array, d_out: Array | None, d_state: tuple[Array | None, Array | None],
-        d_initial: tuple[Array, Array], d_x: Array | None, add_x: bool, d_w: dict[str, Array], add_w: bool,
+        self, panels: Lent, steps: Steps, saved: Lent, d_out: Array | None, d_state: tuple[Array | None, Array | None],
+        d_initial: tuple[Array, Array], d_x: Array, add_x: bool, d_w: Mapping[str, Array], add_w: bool,
     ) -> None:  # fmt: skip
         """Take some steps backward.
 
         saved : of the forward.  d_out : (T, N, P); d_state : (N, P), (N, H), of the state after them.
-        d_initial : out (N, P), (N, H), of the state before.  d_x : out (T, N, I); None: not wanted.
-        d_w : out, by name.  add_x, add_w : whether to add to what is there.
+        d_initial : out (N, P), (N, H), of the state before.  d_x : out (T, N, I).
+        d_w : out, by name but for `bias_hh`, which is as `bias_ih`.  add_x, add_w : whether to add to what is there.
         """
-        T, N = steps.x.shape[:2]
-        how, rows = steps.how, steps.rows
+        x, out, h_0, c_0, rows, how = steps
+        T, N, _ = x.shape
         ranks = min(how.ranks, threads.get_num_threads())
         slices, groups = 1, how.groups
         if rows.order is None:
@@ -170,18 +154,12 @@ class Direction:
             groups = -(-how.groups // (slices * ranks)) * ranks
         key = (T, N, slices, how.shares > 1, groups, ranks)
         space = self._idle.pop(key, None) or self._space(*key)
-        panels = self.network.natural_panels
-        changing = (
-            address(steps.x), *_strides(steps.x), address(steps.out), *_strides(steps.out), address(saved),
-            address(steps.h_0), address(steps.c_0), address(d_out), *_strides(d_out),
-            address(d_state[0]), address(d_state[1]), address(d_initial[0]), address(d_initial[1]),
-            address(d_x), *_strides(d_x), add_x, address(d_w["weight_ih"]), address(d_w["weight_hh"]),
-            address(d_w.get("bias_ih")), address(d_w.get("weight_hr")), add_w,
-            panels[0], panels[1], panels[2] if self.projected else 0,
-            address(rows.order), address(rows.lengths), address(rows.places), address(rows.active),
-            address(rows.reset), *((0, 0) if rows.reset is None else rows.reset.strides),
+        space.lay_out((x, out, d_out, d_x, rows.reset), add_x, add_w)
+        space.run(
+            x, out, saved.array, panels.array, h_0, c_0, d_out, *d_state, *d_initial, d_x,
+            d_w["weight_ih"], d_w["weight_hh"], d_w.get("bias_ih"), d_w.get("weight_hr"),
+            rows.order, rows.lengths, rows.places, rows.active, rows.reset,
         )  # fmt: skip
-        space.run(changing)
         if space.buffer.nbytes <= KEPT_SPACE:
             if len(self._idle) >= KEPT_SPACES:
                 self._idle.clear()
@@ -205,6 +183,7 @@ class Direction:
             "zeros": address(self.zeros), "cell": entry(cell_kernel, self.dtype),
             "add": entry(add_kernel, self.dtype) if projected else 0,
             "chunk": chunk, "slices": slices, "units_apart": int(units_apart), "groups": groups,
+            **dict(zip(("w_ih", "w_hh", "w_hr"), self.network.natural_offsets, strict=False)),
             "ramp_p": address(self.ramp_p), "ramp_h": address(self.ramp_h),
         }  # fmt: skip
         return BackwardSpace(plan, parts, ranks, most, (GATES * H, I), self.dtype, self.ramp_i)
@@ -219,7 +198,7 @@ def _padded(columns: int, dtype: np.dtype[Any]) -> int:
 _ones = {np.dtype(dtype): np.ones(DOWN_DEPTH, dtype) for dtype in (np.float32, np.float64)}
 
 
-class BackwardSpace:
+class BackwardSpace(Prepared):
     """The scratch of a backward and the plan that points into it: what a linear layer has too, and what is given."""
 
     def __init__(
@@ -241,7 +220,6 @@ class BackwardSpace:
         self.buffer = aligned(total, np.dtype(np.uint8))
         base = address(self.buffer)
         self.buffer[offsets["ramp_z"] :][: most * 8].view(np.int64)[:] = np.arange(most) * J
-        self._counters = self.buffer[offsets["counters"] :][: parts["counters"]]
         values: dict[str, int] = dict.fromkeys(PLAN.names or (), 0)
         values |= {
             "kernel": entry(backward_kernel, dtype), "I": I, "J": J, "ones": address(_ones[dtype]),
@@ -249,23 +227,23 @@ class BackwardSpace:
             "slices": 1, "ranks": ranks, "shares": ranks, "scratch_rank": scratch_rank, "ramp_i": address(ramp),
         }  # fmt: skip
         values |= plan | {name: base + offset for name, offset in offsets.items()}
-        self.ranks = ranks
+        self._laid_out: tuple[Any, ...] = ()
         self._kept = ramp
-        self.plan = np.array(list(values.values()), np.int64)
-        self._run_serial = bind(self.plan)
+        super().__init__(values.values(), self.buffer[offsets["counters"] :][: parts["counters"]], ranks)
 
-    def run(self, changing: tuple[int, ...]) -> None:
-        """Run the plan with the fields from `x` on, in a parallel region or on this thread."""
-        self.plan[FIRST_CHANGING : FIRST_CHANGING + len(changing)] = changing
-        if self.ranks > 1:
-            self._counters[:] = 0
-            if run_region(self.plan, self.ranks):
-                return
-        self._run_serial(_nothing, _nothing)
+    def lay_out(self, arrays: Sequence[Array | None], add_x: bool, add_w: bool) -> None:
+        """Write to the plan how x, out, d_out, d_x and reset lie, and whether to add to what is in d_x and the d_w."""
+        wanted = *[None if array is None else array.strides for array in arrays], add_x, add_w
+        if wanted == self._laid_out:
+            return
+        numbers = []
+        for array in arrays:
+            numbers += [0, 0] if array is None else [stride // array.itemsize for stride in array.strides[:2]]
+        self.plan[LAYOUT : LAYOUT + len(numbers) + 2] = *numbers, add_x, add_w
+        self._laid_out = wanted
 
 
-_nothing = np.empty(0)
-FIRST_CHANGING = list(PLAN.names or ()).index("x")
+LAYOUT = list(PLAN.names or ()).index("x_step")
 
 
 class LinearGradients:
@@ -274,7 +252,9 @@ class LinearGradients:
     def __init__(self, weight: Array, bias: Array | None) -> None:
         self.weight, self.product = weight, Product(weight, bias)
         outputs, I = weight.shape
-        self._panel, _ = Packing([natural_panel(outputs, I, weight.dtype)], weight.dtype).make([weight])
+        packing = Packing([(0, natural_panel(outputs, I, weight.dtype))], weight.dtype)
+        self._panel = aligned(packing.size, weight.dtype)
+        packing.make([weight], self._panel)
         self._ramp = np.arange(len(weight), dtype=np.int64) * weight.shape[1]
 
     def backward(self, x: Array, d_y: Array, d_bias: Array | None) -> tuple[Array, Array]:
@@ -285,6 +265,6 @@ class LinearGradients:
         ranks = threads.get_num_threads() if len(x) * d_weight.size > SERIAL_WORK else 1
         plan = {"T": len(x), "N": 1, "reverse": 1, "linear": 1, "parts": 1, "chunk": chunk, "d_z": address(d_y)}
         space = BackwardSpace(plan, {}, ranks, min(chunk, len(x)), (len(d_weight), I), x.dtype, self._ramp)
-        given = (address(x), I) + (0,) * 14 + (address(d_x), I, 0, 0)
-        space.run((*given, address(d_weight), 0, address(d_bias), 0, 0, address(self._panel)))
+        space.lay_out((x, None, None, d_x, None), False, False)
+        space.run(x, None, None, self._panel, *[None] * 7, d_x, d_weight, None, d_bias)
         return d_x, d_weight
