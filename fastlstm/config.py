@@ -126,6 +126,7 @@ def warmup(dtypes: Iterable[DTypeLike] = ("float32",), training: bool = False) -
     >>> import fastlstm
     >>> fastlstm.warmup()
     """
+    from fastlstm.kernels.network import load_tiles
     from fastlstm.lstm import LSTM
     from fastlstm.model import Linear
 
@@ -135,6 +136,7 @@ def warmup(dtypes: Iterable[DTypeLike] = ("float32",), training: bool = False) -
         lstm = LSTM(64, 128, num_layers=2, proj_size=64, dtype=dtype, rng=0)
         x = np.zeros((16, 192, 64), dtype)
         linear = Linear(64, 64, dtype=dtype, rng=0)
+        load_tiles(x.dtype, training)
         lstm(x)
         linear(x)
         lstm.stream()(x[0, :1])

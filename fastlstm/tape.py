@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastlstm.checks import as_array
+from fastlstm.kernels.panels import Lent
+from fastlstm.kernels.training import Direction, Rows, Steps
 
 if TYPE_CHECKING:
-    from fastlstm.kernels.panels import Lent
-    from fastlstm.kernels.training import Direction
     from fastlstm.lstm import LSTM, Call
 
 __all__ = ["Gradients", "Tape"]
@@ -100,7 +100,7 @@ class _Segment(NamedTuple):
 
     first: int
     last: int
-    steps: Any  # fastlstm.kernels.training.Steps
+    steps: Steps
     saved: Lent | None  # the direction's `room`; None: to be computed again
     cut: Array | None  # (N,) bool, where the state does not cross to these steps from those before
 
@@ -173,8 +173,6 @@ class _Recording:
         self, direction: Direction, panels: Lent, x: Array, y: Array, initial: Pair, final: tuple[Array, Array]
     ) -> list[_Segment]:
         """Run one direction of one layer."""
-        from fastlstm.kernels.training import Rows, Steps
-
         segments: list[_Segment] = []
         if self.T == 0 or self.N == 0:
             for to, start in zip(final, initial, strict=True):

@@ -39,7 +39,7 @@ def apply(name: str, dtype: np.dtype[Any]) -> Callable[[Any, Any], None]:
 
         b.loop(count, body)
 
-    call = kernel(dtype, f"test_{name}", 3, emit, [None])
+    call = kernel(dtype, f"test_{name}", 3, emit, {0: None})
 
     @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
     def run(x, out):  # type: ignore[no-untyped-def]

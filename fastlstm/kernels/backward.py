@@ -114,6 +114,14 @@ def backward_kernel(dtype: np.dtype):
         """Return the first vector of a block of columns, and how many it has."""
         return cut_block(columns, block, lanes, widest)
 
+    @part(types.UniTuple(i, 2), i, i, i)
+    def columns_of(columns, first, last):
+        """Return the first column of some blocks, and the one behind them."""
+        begin = cut_columns(columns, first)[0] * lanes if first > 0 else 0
+        if last == count_blocks(columns):
+            return begin, columns
+        return begin, cut_columns(columns, last)[0] * lanes
+
     @part(i, *[i] * 14)
     def along(tile, a, a_rows, rows, depth, parts, panel, columns, block, out, out_rows, add, ahead, ahead_step):
         """out[row, block] (+)= a[row] W for one block of columns; panel: all blocks one after the other.
@@ -134,7 +142,7 @@ def backward_kernel(dtype: np.dtype):
                 index = piece_of[0, vectors, here]
                 if here == 1 and together == GATES:
                     index = lockstep[vectors]
-                count = left // here
+                count = left // here if left > here else 1
                 call_tile(tile, (
                     index, count, a + part_ * depth * size, a_rows + row * 8, 0, depth, together,
                     panel + (at * parts + part_ * line) * depth * size, line,
@@ -278,8 +286,7 @@ def backward_kernel(dtype: np.dtype):
                 d_h, table(q, p, H_ROWS), 0, ahead, ahead_step,
             )  # fmt: skip
         if p.reset:
-            begin = cut_columns(p.P, first)[0] * lanes
-            end = min(p.P, (cut_columns(p.P, last - 1)[0] + cut_columns(p.P, last - 1)[1]) * lanes)
+            begin, end = columns_of(p.P, first, last)
             for r in range(rows):
                 if is_cut(p, t, row0 + r):
                     clear(d_h + (r * p.P + begin) * size, (end - begin) * size)
@@ -287,8 +294,7 @@ def backward_kernel(dtype: np.dtype):
     @part(types.void, plan_type, state_type, i, i, i, i)
     def add_output(p, q, row0, rows, first, last):
         """d_h_out = d_h + d_out for blocks of outputs, where there is a projection."""
-        begin = cut_columns(p.P, first)[0] * lanes
-        end = min(p.P, (cut_columns(p.P, last - 1)[0] + cut_columns(p.P, last - 1)[1]) * lanes)
+        begin, end = columns_of(p.P, first, last)
         call_tile(p.add, (
             0, rows, end - begin, p.d_h + (row0 * p.P + begin) * size, p.P,
             (p.d_out if p.d_out else p.zeros) + begin * size, table(q, p, D_OUT_ROWS),
@@ -299,8 +305,7 @@ def backward_kernel(dtype: np.dtype):
     def differentiate(p, q, row0, rows, first, last):
         """d_z of one step for blocks of units; the cell's own gradient goes to the step before."""
         t = time(p, q, q.j)
-        begin = cut_columns(p.H, first)[0] * lanes
-        end = min(p.H, (cut_columns(p.H, last - 1)[0] + cut_columns(p.H, last - 1)[1]) * lanes)
+        begin, end = columns_of(p.H, first, last)
         d_h, d_h_stride = p.d_h + row0 * p.P * size, p.P
         d_out, d_out_rows = p.d_out if p.d_out else p.zeros, table(q, p, D_OUT_ROWS)
         if p.projected:  # d_m = d_h_out W_hr, into the buffer of m, which the cell replaces

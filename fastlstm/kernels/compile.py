@@ -29,7 +29,7 @@ from numba.core.runtime import rtsys
 
 __all__ = ["cache_folder", "entry", "parallel_region", "unique"]
 
-Description = Callable[[Any], tuple[Callable[..., Any], Any]]
+Description = Callable[..., tuple[Callable[..., Any], Any]]
 
 _lock = threading.RLock()
 
@@ -133,13 +133,13 @@ def unique(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _entry(describe: Description, dtype: np.dtype[Any] | None) -> tuple[int, Any]:
-    path = _file(f"{describe.__name__}-{dtype}")
+def _entry(describe: Description, dtype: np.dtype[Any] | None, *options: str) -> tuple[int, Any]:
+    path = _file("-".join([describe.__name__, str(dtype), *options]))
     cached = None if path is None else _load(path)
     if cached is None:
         global _suffix
         _suffix = os.urandom(8).hex()
-        function, signature = describe(dtype)
+        function, signature = describe(dtype, *options)
         compiled = CFunc(unique(function), (signature.args, signature.return_type), {}, {"error_model": "numpy"})
         compiled.compile()
         cached = compiled.native_name, compiled._library
@@ -149,10 +149,10 @@ def _entry(describe: Description, dtype: np.dtype[Any] | None) -> tuple[int, Any
     return library.get_pointer_to_function(symbol), library
 
 
-def entry(describe: Description, dtype: np.dtype[Any] | None = None) -> int:
-    """Return the address of the compiled kernel that `describe(dtype)` gives as a function and its signature."""
+def entry(describe: Description, dtype: np.dtype[Any] | None = None, *options: str) -> int:
+    """Return the address of the compiled kernel whose function and signature `describe(dtype, *options)` gives."""
     with _lock:
-        return _entry(describe, dtype)[0]
+        return _entry(describe, dtype, *options)[0]
 
 
 class _Locator:

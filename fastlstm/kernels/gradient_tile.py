@@ -284,7 +284,7 @@ def _emit_add(b: Builder, _: object, rows, count, left, left_stride, right, righ
 
 def multiply_kernel(dtype: np.dtype):
     """Describe the product's tile: of an int64 table, the piece and what `_emit_multiply` takes."""
-    tile = kernel(dtype, "multiply", 14, _emit_multiply, pieces())
+    tile = kernel(dtype, "multiply", 14, _emit_multiply, dict(enumerate(pieces())))
 
     def multiply(table):
         tile(table)
@@ -294,7 +294,7 @@ def multiply_kernel(dtype: np.dtype):
 
 def cell_kernel(dtype: np.dtype):
     """Describe the gradient of the cell: of an int64 table, a 0 and what `_emit_cell` takes."""
-    tile = kernel(dtype, "cell", 16, _emit_cell, [None])
+    tile = kernel(dtype, "cell", 16, _emit_cell, {0: None})
 
     def cell(table):
         tile(table)
@@ -304,7 +304,7 @@ def cell_kernel(dtype: np.dtype):
 
 def pack_kernel(dtype: np.dtype):
     """Describe what makes panels of rows: of an int64 table, the vectors less one and what `_emit_pack` takes."""
-    tile = kernel(dtype, "pack", 6, _emit_pack, range(1, most_vectors() + 1))
+    tile = kernel(dtype, "pack", 6, _emit_pack, dict(enumerate(range(1, most_vectors() + 1))))
 
     def pack(table):
         tile(table)
@@ -314,7 +314,7 @@ def pack_kernel(dtype: np.dtype):
 
 def add_kernel(dtype: np.dtype):
     """Describe the sum of rows: of an int64 table, a 0 and what `_emit_add` takes."""
-    tile = kernel(dtype, "add", 8, _emit_add, [None])
+    tile = kernel(dtype, "add", 8, _emit_add, {0: None})
 
     def add(table):
         tile(table)

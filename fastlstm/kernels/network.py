@@ -24,21 +24,21 @@ from fastlstm.kernels.panels import (
     gates_panel,
     natural_panel,
 )
-from fastlstm.kernels.product import L2_BYTES
+from fastlstm.kernels.product import L2_BYTES, tile_rows
 from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import (
     GATES,
     advance_kernel,
-    advance_row_kernel,
     blocking,
     most_blocks,
     project_kernel,
     record_kernel,
+    tile_table,
 )
 
-__all__ = ["Network", "Sizes", "Strategy", "StreamRunner"]
+__all__ = ["Network", "Sizes", "Strategy", "StreamRunner", "load_tiles"]
 
 Array = NDArray[Any]
 
@@ -182,14 +182,9 @@ class Network:
         offsets |= {"scratch": counters, "middle": counters + how.ranks * per_rank}
         return counters + how.ranks * per_rank + middle, offsets
 
-    def plan(self, base: int, offsets: dict[str, int], how: Strategy, **values: int) -> Iterable[int]:
+    def plan(self, base: int, offsets: dict[str, int], how: Strategy, recorded: bool, **values: int) -> Iterable[int]:
         """Return the plan of a call with a scratch at an address."""
         plan = self._plan | offsets
-        if how.hoisted or self.projected:
-            plan["project"] = entry(project_kernel, self.dtype)
-        if "advance" not in values:
-            rows = values["N"] if how.shares > 1 else -(-values["N"] // how.groups)
-            plan["advance"] = entry(advance_kernel if rows > 1 else advance_row_kernel, self.dtype)
         plan |= values
         plan["scratch"] += base
         plan["middle"] += base
@@ -197,6 +192,15 @@ class Network:
         plan["ranks"], plan["shares"], plan["groups"] = how.ranks, how.shares, how.groups
         plan["hoisted"], plan["chunk"] = how.hoisted, how.chunk
         plan["fetch"] = self.weight_bytes // (self.sizes.L * self.sizes.D * how.shares) > L2_BYTES
+        every, fetching = frozenset(range(1, blocking(self.dtype).rows + 1)), bool(plan["fetch"])
+        if how.hoisted or self.projected:
+            tail = self.cut.tail_units + self.p_cut.tail_units * self.projected > 0
+            plan["project"] = address(tile_table(project_kernel, self.dtype, every, tail, fetching))
+        groups = how.groups if how.shares == 1 else 1
+        used = tile_rows(self.dtype, plan["N"] // groups) | tile_rows(self.dtype, -(-plan["N"] // groups))
+        rows = every if plan["lengths"] else frozenset(used)
+        advance = record_kernel if recorded else advance_kernel
+        plan["advance"] = address(tile_table(advance, self.dtype, rows, self.cut.tail_units > 0, fetching))
         alike = how.shares == 1 and not plan["lengths"] and not plan["reset"]
         plan["whole"] = alike and self._fits_tile(-(-plan["N"] // how.groups))
         return plan.values()
@@ -227,11 +231,9 @@ class Network:
             }  # fmt: skip
             names = ("x_step", "x_row", "out_step", "out_row")
             values |= {name: stride // self.dtype.itemsize for name, stride in zip(names, strides, strict=True)}
-            if saved is not None:
-                values["advance"] = entry(record_kernel, self.dtype)
             if reset is not None:
                 values |= {"reset_step": reset.strides[0], "reset_row": reset.strides[1]}
-            space = Workspace(self, N, T, how, values)
+            space = Workspace(self, N, T, how, saved is not None, values)
         space.run(x, out, *state_out, *state_in, panels.array, saved)
         if plain and space.buffer.nbytes <= KEPT_SCRATCH:
             self._keep(key, space)
@@ -251,14 +253,14 @@ class Network:
 class Workspace(Prepared):
     """The scratch of a call and the plan that points into it; state in buffers of its own unless the plan has them."""
 
-    def __init__(self, network: Network, N: int, T: int, how: Strategy, values: dict[str, int]) -> None:
+    def __init__(self, network: Network, N: int, T: int, how: Strategy, recorded: bool, values: dict[str, int]) -> None:
         h_bytes, c_bytes = (0, 0) if "h" in values else network.state_bytes(N)
         scratch_bytes, offsets = network.scratch_bytes(N, T, how)
         self.buffer = aligned(h_bytes + c_bytes + scratch_bytes, np.dtype(np.uint8))
         base = address(self.buffer)
         own = {"h": base, "c": base + h_bytes} | values
         counters = self.buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
-        super().__init__(network.plan(base + h_bytes + c_bytes, offsets, how, **own), counters, how.ranks)
+        super().__init__(network.plan(base + h_bytes + c_bytes, offsets, how, recorded, **own), counters, how.ranks)
 
 
 class StreamRunner:
@@ -286,7 +288,7 @@ class StreamRunner:
         self._c = self._c.reshape(s.L, N, network.cut.padded)
 
     def _workspace(self, T: int, how: Strategy) -> Workspace:
-        return Workspace(self.network, self.N, T, how, self._values | {"T": T})
+        return Workspace(self.network, self.N, T, how, False, self._values | {"T": T})
 
     def stepper(self) -> Callable[[Array, Array], Array]:
         """Return a function that runs one step, x (N, I) -> out (N, P), and returns out."""
@@ -338,6 +340,14 @@ def choose_strategy(network: Network, N: int, T: int, count: int, lengths: Array
     most = HOISTED_BYTES if layer_bytes <= HUGE_LAYER else HUGE_HOISTED_BYTES
     chunk = max(1, min(T, most // (network.width * size * rows))) if hoisted else min(T, 16)
     return Strategy(ranks, shares, groups, hoisted, chunk)
+
+
+def load_tiles(dtype: np.dtype[Any], training: bool) -> None:
+    """Compile every tile, or load it from the cache."""
+    every, cut = frozenset(range(1, blocking(dtype).rows + 1)), blocking(dtype)
+    for describe in (project_kernel, advance_kernel, record_kernel)[: 2 + training]:
+        for fetching in (False, True):
+            tile_table(describe, dtype, every, cut.tail > 0, fetching)
 
 
 def deal_rows(order: Array, lengths: Array, groups: int) -> tuple[Array, Array]:

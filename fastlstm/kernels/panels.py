@@ -272,8 +272,8 @@ def panels_kernel(dtype: np.dtype):
     """Describe what packs weights: a function of the plan and the thread's rank; a block is a task."""
     size, lanes, widest, job_size = dtype.itemsize, target().lanes(dtype), most_vectors(), JOB.itemsize
     units = [blocking(dtype).units] + [blocking(dtype).tail] * bool(blocking(dtype).tail)
-    transposed = kernel(dtype, "transposed", 5, _emit_transposed, units)
-    natural = kernel(dtype, "natural", 5, _emit_natural, range(1, widest + 1))
+    transposed = kernel(dtype, "transposed", 5, _emit_transposed, dict(enumerate(units)))
+    natural = kernel(dtype, "natural", 5, _emit_natural, dict(enumerate(range(1, widest + 1))))
     job_at, plan_at, header_at = (record_at(from_dtype(dtype_)) for dtype_ in (JOB, PLAN, HEADER))
     header_size, plan_size = HEADER.itemsize, PLAN.itemsize
     i = types.int64

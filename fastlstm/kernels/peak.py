@@ -35,7 +35,7 @@ def _emit_tile(b: Builder, shape: Shape, rows, panel, out) -> None:
 def peak_kernel(dtype: np.dtype[Any]):
     """Describe a kernel that runs the widest tile `repeats` times in each thread's own scratch."""
     size, rows, width = dtype.itemsize, blocking(dtype).rows, GATES * blocking(dtype).units
-    tile = kernel(dtype, "peak", 3, _emit_tile, [Shape(rows, (blocking(dtype).units,))])
+    tile = kernel(dtype, "peak", 3, _emit_tile, {0: Shape(rows, (blocking(dtype).units,))})
 
     def run(plan, rank):
         p = carray(plan, 1)[0]

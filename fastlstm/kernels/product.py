@@ -14,10 +14,10 @@ from fastlstm.kernels.call import address
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import Packing, aligned, columns_panel, cut_columns
 from fastlstm.kernels.region import Prepared
-from fastlstm.kernels.team import LINE, call_tile, copy, next_task, part, record, set_integer
-from fastlstm.kernels.tile import GATES, blocking, most_blocks, project_kernel, shapes
+from fastlstm.kernels.team import LINE, call_tile, copy, integer_at, next_task, part, record, set_integer
+from fastlstm.kernels.tile import FETCHING_ROWS, GATES, blocking, most_blocks, project_kernel, shapes, tile_table
 
-__all__ = ["Product", "block_tables", "product_part"]
+__all__ = ["Product", "block_tables", "product_part", "tile_rows"]
 
 Array = NDArray[Any]
 ROWS = 96  # in a task: x and out of 256 numbers a row stay in L2 beside the panel
@@ -30,6 +30,12 @@ PLAN = record(
     "kernel", "x", "out", "rows", "depth", "outputs", "start", "panel", "blocks", "tail", "width", "project", "fetch",
     "ranks", "counters", "scratch", "scratch_rank",
 )  # fmt: skip
+
+
+def tile_rows(dtype: np.dtype[Any], rows: int) -> set[int]:
+    """Return how many rows the tiles have in which so many rows are cut."""
+    tiles = max(1, -(-rows // blocking(dtype).rows))
+    return {rows // tiles, -(-rows // tiles)}
 
 
 @functools.cache
@@ -48,7 +54,7 @@ def block_tables(dtype: np.dtype[Any]) -> tuple[Array, Array]:
 
 @functools.cache
 def product_part(dtype: np.dtype[Any]):
-    """Return `cut_rows`, `next_blocks` and `product` for the kernels of one dtype."""
+    """Return `cut_rows`, `tile_of`, `count_groups`, `block_group` and `product` for the kernels of one dtype."""
     size = dtype.itemsize
     tile_rows = blocking(dtype).rows
     block_width = GATES * blocking(dtype).units
@@ -61,6 +67,11 @@ def product_part(dtype: np.dtype[Any]):
         """Return a number of tiles, their rows, and how many of them (the first) have one row more."""
         tiles = max((rows + tile_rows - 1) // tile_rows, 1)
         return tiles, rows // tiles, rows % tiles
+
+    @part(i, i, i, i)
+    def tile_of(table, rows, tail):
+        """Return the address of a tile in a table of `tile_table`."""
+        return integer_at(table + ((rows > 1) + (rows >= FETCHING_ROWS) + 3 * tail) * 8)
 
     @part(i, i, i, i, i)
     def count_groups(first, last, mains, rows):
@@ -79,7 +90,7 @@ def product_part(dtype: np.dtype[Any]):
         return begin, main, int(tail)
 
     @part(types.void, *[i] * 13)
-    def product(tile, start, a, a_rows, rows, depth, panel, first, last, mains, out, out_stride, fetch):
+    def product(tiles_at, start, a, a_rows, rows, depth, panel, first, last, mains, out, out_stride, fetch):
         """out[row, block] = start[block] + a[row] W for blocks first to last; `fetch` 1: the panels are not in L2."""
         tiles, fewest, more = cut_rows(rows)
         widest = fewest + (more > 0)
@@ -92,14 +103,14 @@ def product_part(dtype: np.dtype[Any]):
             for longer in range(1, -1, -1):
                 here, count = fewest + longer, more if longer else tiles - more
                 if here > 0 and count > 0:
-                    call_tile(tile, (
+                    call_tile(tile_of(tiles_at, here, tail), (
                         shape_of[fetch, here, main, tail], count, start + at, a, a_rows + row * 8, depth,
                         panel + at * depth, panel + following * block_width * size * depth,
                         out + row * out_stride * size + at, out_stride,
                     ))  # fmt: skip
                     row += here * count
 
-    return cut_rows, count_groups, block_group, product
+    return cut_rows, tile_of, count_groups, block_group, product
 
 
 def product_kernel(dtype: np.dtype[Any]):
@@ -157,7 +168,9 @@ class Product:
         self._shape, self._dtype = weight.shape, dtype
         self._address = entry(product_kernel, dtype)
         self._idle: dict[tuple[int, int], Prepared] = {}  # of calls before
-        self._project = entry(project_kernel, dtype)
+        every = frozenset(range(1, blocking(dtype).rows + 1))
+        fetching = self._panel.nbytes > L2_BYTES
+        self._project = tile_table(project_kernel, dtype, every, self._cut.tail_units > 0, fetching)
 
     def apply(self, x: Array, out: Array) -> None:
         """Write x W^T + b to `out`: x (rows, K), out (rows, outputs), both C-contiguous and of the weight's dtype."""
@@ -177,7 +190,7 @@ class Product:
         base = address(scratch)
         numbers = (
             self._address, 0, 0, rows, K, outputs, address(self._start), address(self._panel),
-            self._cut.blocks, int(self._cut.tail_units > 0), self._width, self._project,
+            self._cut.blocks, int(self._cut.tail_units > 0), self._width, address(self._project),
             int(self._panel.nbytes > L2_BYTES), ranks, base, base + 2 * LINE, per_rank,
         )  # fmt: skip
         return Prepared(numbers, scratch[: 2 * LINE], ranks)

@@ -52,7 +52,7 @@ PLAN = record(
     "units", "width",  # numbers in a row of c and of z, padding included
     "state_width",  # numbers in a row of the state buffer of h
     "projected", "p_blocks", "p_tail",  # 1 if there is W_hr, and its blocks
-    "advance", "project",  # the tiles
+    "advance", "project",  # tables of the tiles
     "fetch",  # 1: a thread's weights do not stay in L2
     "weights",  # (L*D, WEIGHT_FIELDS): what does not change when the weights do
     "zeros",  # a row of zeros, where a product starts that has no bias
@@ -98,7 +98,7 @@ def forward_kernel(dtype: np.dtype):
     block_units = blocking(dtype).units
     block_width = GATES * block_units
     shape_of = block_tables(dtype)[0]
-    cut_rows, count_groups, block_group, product = product_part(dtype)
+    cut_rows, tile_of, count_groups, block_group, product = product_part(dtype)
     plan_type, span_type, i = from_dtype(PLAN), from_dtype(SPAN), types.int64
     span_at = record_at(span_type)
 
@@ -125,7 +125,7 @@ def forward_kernel(dtype: np.dtype):
             for longer in range(1, -1, -1):
                 here, count = fewest + longer, more if longer else tiles - more
                 if here > 0 and count > 0:
-                    call_tile(p.advance, (
+                    call_tile(tile_of(p.advance, here, tail), (
                         shape_of[p.fetch, here, main, tail], count, q.together,
                         start + row * start_stride * size + at, start_stride, q.rows * p.width * p.hoisted,
                         a, q.a_rows + row * 8, sign * q.a_step, depth, a_panel + at * depth, a_panel + ahead * depth,
@@ -267,7 +267,7 @@ def forward_kernel(dtype: np.dtype):
         m = q.m + (d - q.direction0) * q.rows * p.units * size
         product(
             p.project, p.zeros, m, q.m_rows, rows, p.H, weight(p, k, W_HR),
-            first, last, p.p_blocks, h_next, p.state_width, 0,
+            first, last, p.p_blocks, h_next, p.state_width, p.fetch,
         )  # fmt: skip
         out = q.out + ((q.j if q.out_local else t) * q.out_step + d * q.out_direction) * size
         begin, end = first * block_width, min(last * block_width, p.P)

@@ -8,7 +8,7 @@ depends on the auto-vectoriser.  `kernel` turns such an emitter into a function 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import llvmlite.binding as llvm
@@ -333,7 +333,7 @@ def bundle(vecs: Sequence[Vec]) -> Vec:
 
 
 def kernel(
-    dtype: np.dtype, name: str, arity: int, emit: Callable[..., None], variants: Sequence[object]
+    dtype: np.dtype, name: str, arity: int, emit: Callable[..., None], variants: Mapping[int, object]
 ) -> Callable[[int], None]:
     """Make an emitter callable from Numba code, once for each variant.
 
@@ -347,8 +347,8 @@ def kernel(
         How many int64 arguments it takes: addresses in bytes, counts and strides in numbers.
     emit : callable
         `emit(builder, variant, *arguments)`.
-    variants : sequence
-        What `variant` is in each function.
+    variants : mapping
+        What `variant` is in each function, by its index.
 
     Returns
     -------
@@ -375,7 +375,7 @@ def kernel(
             table = builder.inttoptr(values[0], TABLE)
             end = builder.append_basic_block("end")
             switch = builder.switch(builder.load(table), end)
-            for index in range(len(variants)):
+            for index in variants:
                 variant = add_variant(builder.module, index)
                 with builder.goto_block(builder.append_basic_block(f"variant_{index}")):
                     builder.call(variant, [table])

@@ -17,12 +17,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numpy.typing import NDArray
 
 from fastlstm.kernels.activations import sigmoid, tanh
+from fastlstm.kernels.compile import entry
 from fastlstm.kernels.simd import I1, I64, Builder, Pointer, Vec, bundle, concat, fma, kernel, target
 
 __all__ = [
@@ -31,13 +34,13 @@ __all__ = [
     "Blocking",
     "Shape",
     "advance_kernel",
-    "advance_row_kernel",
     "blocking",
     "chain",
     "most_blocks",
     "project_kernel",
     "record_kernel",
     "shapes",
+    "tile_table",
 ]
 
 GATES = 4
@@ -365,9 +368,44 @@ def _emit_cells(
                         at.store_first(vec.part(i * x.units, x.units), b.ir.sub(record.valid, I64(x.unit)))
 
 
-def project_kernel(dtype: np.dtype):
+CLASSES = ("row", "few", "many", "row tail", "few tail", "many tail")
+"""Tiles that are compiled together, by their rows and whether there is a narrow block; a layer needs one or two."""
+ROWS_OF = {"row": (1,), "few": (2, 3), "many": (4, 5, 6)}
+
+
+_tables: dict[tuple[Any, ...], NDArray[np.int64]] = {}
+
+
+def tile_table(describe: Any, dtype: np.dtype, rows: frozenset[int], tail: bool, fetching: bool) -> NDArray[np.int64]:
+    """Return the addresses of the tiles of each class, 0 where none is needed for that many rows.
+
+    describe : a kernel of the following, of a dtype and a class.  fetching : whether tiles of many rows fetch.
+    The table stays where it is for ever.
+    """
+    key = describe, dtype, rows, tail, fetching
+    if key in _tables:
+        return _tables[key]
+    table = np.zeros(len(CLASSES), np.int64)
+    for i, which in enumerate(CLASSES):
+        if rows.intersection(ROWS_OF[which.split()[0]]) and (tail or "tail" not in which):
+            table[i] = entry(describe, dtype, "many fetching" if fetching and which == "many" else which)
+    return _tables.setdefault(key, table)  # the same for all threads that come at once
+
+
+def _in_class(dtype: np.dtype, which: str) -> dict[int, Shape]:
+    """Return the tiles of a class by their place in `shapes`."""
+    rows, _, kind = which.partition(" ")
+    found = {}
+    for i, shape in enumerate(shapes(dtype)):
+        its_kind = "fetching" if shape.fetching else "" if shape.blocks[-1] == blocking(dtype).units else "tail"
+        if shape.rows in ROWS_OF[rows] and its_kind == kind:
+            found[i] = shape
+    return found
+
+
+def project_kernel(dtype: np.dtype, which: str):
     """Describe the tile that multiplies and stores: of an int64 table, the shape and what `_emit_project` takes."""
-    tile = kernel(dtype, "project", 9, _emit_project, shapes(dtype))
+    tile = kernel(dtype, "project", 9, _emit_project, _in_class(dtype, which))
 
     def project(table):
         tile(table)
@@ -375,9 +413,9 @@ def project_kernel(dtype: np.dtype):
     return project, types.void(types.int64)
 
 
-def advance_kernel(dtype: np.dtype):
+def advance_kernel(dtype: np.dtype, which: str):
     """Describe the tile that makes steps: of an int64 table, the shape and what `_emit_advance` takes."""
-    tile = kernel(dtype, "advance", 24, _emit_advance, shapes(dtype))
+    tile = kernel(dtype, "advance", 24, _emit_advance, _in_class(dtype, which))
 
     def advance(table):
         tile(table)
@@ -385,19 +423,9 @@ def advance_kernel(dtype: np.dtype):
     return advance, types.void(types.int64)
 
 
-def advance_row_kernel(dtype: np.dtype):
-    """Describe the tiles of a single row alone: a third of the time to compile, where there never is another row."""
-    tile = kernel(dtype, "advance_row", 24, _emit_advance, [shape for shape in shapes(dtype) if shape.rows == 1])
-
-    def advance_row(table):
-        tile(table)
-
-    return advance_row, types.void(types.int64)
-
-
-def record_kernel(dtype: np.dtype):
+def record_kernel(dtype: np.dtype, which: str):
     """Describe the tile that makes steps and keeps what the backward needs."""
-    tile = kernel(dtype, "record", 29, _emit_advance, shapes(dtype))
+    tile = kernel(dtype, "record", 29, _emit_advance, _in_class(dtype, which))
 
     def record(table):
         tile(table)
