@@ -488,14 +488,15 @@ class Stream:
         self._start(*lstm._check_state(state, self._batch_size))
 
     def _start(self, h: Array | None, c: Array | None) -> None:
-        self._params = self._lstm._params
-        network, panels = self._lstm._packed_weights()
-        self._runner = network.stream(panels, self._batch_size)
-        self._step: Callable[[Array, Array], Array] = self._runner.stepper()
-        self._x_shape = (self._batch_size, self._lstm.input_size)
-        self._y_shape = (self._batch_size, self._lstm._output_size)
-        self._dtype = self._lstm.dtype
-        self._runner.set_state(h, c)
+        """Begin with the layer's weights of the moment; an error leaves the stream as it was."""
+        lstm, N = self._lstm, self._batch_size
+        params = lstm._params
+        network, panels = lstm._packed_weights()
+        runner = network.stream(panels, N)
+        runner.set_state(h, c)
+        step: Callable[[Array, Array], Array] = runner.stepper()
+        self._x_shape, self._y_shape, self._dtype = (N, lstm.input_size), (N, lstm._output_size), lstm.dtype
+        self._runner, self._step, self._params = runner, step, params
 
     def __call__(self, x: ArrayLike, *, out: Array | None = None) -> Array:
         """Run one step or a chunk, and keep the state.

@@ -54,6 +54,15 @@ class Tape:
         self.output, self.state = output, state
         self._backward = backward
 
+    def __copy__(self) -> Tape:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Tape:  # nothing of it changes
+        return self
+
+    def __reduce__(self) -> str:
+        raise TypeError("a tape cannot be pickled")
+
     def backward(self, d_output: ArrayLike | None, d_state: Any = None) -> Gradients:
         """Propagate the gradient of a scalar from the results to all that the call was given.
 

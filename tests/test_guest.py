@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +200,69 @@ def test_environment_sets_the_number_of_threads(value: str, expected: str | None
         assert output.split() == [expected]
     else:
         assert 1 <= int(output) <= (default or 1)
+
+
+# A pool with one thread, which is slow, and no way to start another.
+SLOW_POOL = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+ended, entered = [False], []  # is the call over; was it, as each thread entered the kernel
+kernel_type = region._KERNEL
+def slow_kernel(address):
+    kernel = kernel_type(address)
+    def run(plan, rank):
+        if rank:
+            time.sleep(0.2)
+        entered.append(ended[0])
+        if not ended[0]:
+            kernel(plan, rank)
+    return run
+region._KERNEL = slow_kernel
+region._pool = ThreadPoolExecutor(3)
+start = threading.Thread.start
+def start_one(self):
+    threading.Thread.start = refuse
+    start(self)
+def refuse(self):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = start_one
+"""
+
+
+def test_a_call_ends_with_no_thread_inside() -> None:
+    code = (
+        SLOW_POOL
+        + "parallel(ranks=3); assert same(); ended[0] = True; time.sleep(0.5); assert not any(entered), entered"
+    )
+    run(code, NUMBA_THREADING_LAYER="workqueue", NUMBA_NUM_THREADS="4")
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers here")
+def test_a_stream_that_is_interrupted_has_a_state(threads: str) -> None:
+    """That from before the chunk, or that from behind it: the kernel runs to its end, and the interrupt comes then."""
+    code = """
+import signal
+lstm = fastlstm.LSTM(8, 128, rng=0)
+x = np.random.default_rng(0).normal(size=(30_001, 1, 8)).astype(np.float32)
+stream = lstm.stream()
+stream(x)
+after = stream.state
+stream.reset()
+before = stream.state
+def interrupt(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+signal.setitimer(signal.ITIMER_REAL, 0.01)
+try:
+    stream(x)
+except KeyboardInterrupt:
+    pass
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(int(all((part == whole).all() for part, whole in zip(stream.state, after))))
+assert any(all((part == whole).all() for part, whole in zip(stream.state, state)) for state in (before, after))
+"""
+    run(code, FASTLSTM_NUM_THREADS=threads)
 
 
 # Fork and spawn

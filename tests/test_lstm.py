@@ -650,6 +650,28 @@ def test_a_changed_weight_reaches_an_open_stream(steps: int, chunk: bool) -> Non
     assert (output != draw(STREAMED).layer(x, state)[0]).any()
 
 
+def test_a_stream_that_could_not_take_new_weights_takes_them_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes while they are packed, or later: before the stream has all that it needs."""
+    from fastlstm.kernels.network import Network, StreamRunner
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    for owner, name in ((Network, "pack"), (StreamRunner, "set_state"), (StreamRunner, "stepper")):
+        problem = draw(STREAMED)
+        stream = problem.layer.stream(2, problem.state)
+        stream(problem.x[0])
+        state = stream.state
+        problem.layer.load_state_dict(moved(problem))
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(MemoryError):
+                stream(problem.x[1])
+        output, state_after = problem.layer(problem.x[1:2], state)
+        assert_same_bits(stream(problem.x[1]), output[0])
+        assert_same_bits(stream.state, state_after)
+
+
 SETTINGS = {
     "input_size": 3, "hidden_size": 19, "num_layers": 2, "bias": True, "batch_first": False, "dropout": 0.0,
     "bidirectional": True, "proj_size": 6, "dtype": np.dtype(np.float32), "num_parameters": 5168,

@@ -818,6 +818,14 @@ def test_a_layer_that_was_recorded_can_be_copied(make: Callable[[Any], Any]) -> 
             np.testing.assert_array_equal(array, exact)
 
 
+def test_a_copy_of_a_tape_is_the_tape() -> None:
+    tape = LSTM(3, 24, rng=0).record(np.ones((5, 2, 3), np.float32))
+    assert copy.copy(tape) is tape
+    assert copy.deepcopy([tape])[0] is tape
+    with pytest.raises(TypeError, match="a tape cannot be pickled"):
+        pickle.dumps(tape)
+
+
 # Dropout between layers
 
 

@@ -281,7 +281,7 @@ class StreamRunner:
         self._space = self._workspace(1, Strategy(1, 1, 1, False, 1))
         self._chunk, self._chunk_key = self._space, (0, 0)  # of the chunk before
         self._plan = self._space.plan
-        self._parity = list(PLAN.names or ()).index("parity")
+        self._parity, self._begun = (list(PLAN.names or ()).index(name) for name in ("parity", "begun"))
         self._h = self._state[:h_bytes].view(network.dtype)[: s.L * 2 * N * network.state_width]
         self._h = self._h.reshape(s.L, 2, N, network.state_width)
         self._c = self._state[h_bytes:].view(network.dtype)[: s.L * N * network.cut.padded]
@@ -301,10 +301,13 @@ class StreamRunner:
         if key != self._chunk_key:
             how = choose_strategy(self.network, self.N, *key, None)
             self._chunk_key, self._chunk = key, self._workspace(T, how)
-        parity = self._plan[self._parity]
-        self._chunk.plan[self._parity] = parity
-        self._chunk.run(x, out)
-        self._plan[self._parity] = (parity + T) & 1
+        parity, plan = self._plan[self._parity], self._chunk.plan
+        plan[self._parity], plan[self._begun] = parity, 0
+        try:
+            self._chunk.run(x, out)
+        finally:  # an interrupt comes before the kernel or after it
+            if plan[self._begun]:
+                self._plan[self._parity] = (parity + T) & 1
         return out
 
     def state(self) -> tuple[Array, Array]:

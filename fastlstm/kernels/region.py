@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -47,18 +48,56 @@ def run_region(plan: NDArray[np.int64], ranks: int) -> bool:
     return True
 
 
+class _Call:
+    """A kernel on several Python threads, which it frees of the GIL; it ends with none of them inside.
+
+    Whoever comes when it has ended finds the door closed: a thread that started late, or that the pool could not start.
+    """
+
+    def __init__(self, plan: NDArray[np.int64]) -> None:
+        self._kernel, self._plan = _KERNEL(int(plan[0])), plan
+        self._door = threading.Condition()
+        self._inside, self._ended = 0, False
+
+    def run(self, rank: int) -> None:
+        """Do the work of a rank."""
+        with self._door:
+            if self._ended:
+                return
+            self._inside += 1
+        self._kernel(self._plan.ctypes.data, rank)
+        with self._door:
+            self._inside -= 1
+            self._door.notify_all()
+
+    def end(self) -> None:
+        """Wait for those who are inside; for all, even if this thread is interrupted meanwhile."""
+        interrupt = None
+        while self._inside or not self._ended:
+            try:
+                with self._door:
+                    self._ended = True
+                    while self._inside:
+                        self._door.wait()
+            except KeyboardInterrupt as raised:
+                interrupt = raised
+        if interrupt:
+            raise interrupt
+
+
 def _run_on_own_threads(plan: NDArray[np.int64], ranks: int) -> None:
-    """Run the ranks on Python threads, which the kernel frees of the GIL; the caller is rank 0."""
+    """Run the ranks on Python threads; the caller is rank 0."""
     global _pool
     if _pool is None:
         _pool = ThreadPoolExecutor(max(1, numba.config.NUMBA_NUM_THREADS - 1), "fastlstm")
-    kernel, at = _KERNEL(int(plan[0])), plan.ctypes.data
-    others = []
-    with suppress(RuntimeError):  # no new thread at the interpreter's exit: the caller does all shares
-        others = [_pool.submit(kernel, at, rank) for rank in range(1, ranks)]
-    kernel(at, 0)
-    for other in others:
-        other.result()
+    call = _Call(plan)
+    try:
+        with suppress(RuntimeError):  # no new thread at the interpreter's exit: the caller does all shares
+            for rank in range(1, ranks):
+                _pool.submit(call.run, rank)
+        call.run(0)
+    finally:
+        call.end()
 
 
 class Prepared:

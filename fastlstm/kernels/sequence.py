@@ -58,6 +58,7 @@ PLAN = record(
     "zeros",  # a row of zeros, where a product starts that has no bias
     "h", "c",  # state: (L*D, 2, N, state_width), (L*D, N, units)
     "parity",  # which of the two h the first step reads
+    "begun",  # out: 1 once a thread is in the kernel, which then runs to its end
     "keep",  # 1: the state is in h and c already and stays there (streaming)
     "order", "lengths",  # (N,): rows by falling length, and those lengths; 0: all rows have T steps, in their own order
     "reset", "reset_step", "reset_row",  # bytes (T, N); 0: none
@@ -375,6 +376,7 @@ def forward_kernel(dtype: np.dtype):
 
     def forward(plan, rank):
         p = carray(plan, 1)[0]
+        p.begun = 1
         q = carray(span_at(p.scratch + rank * p.scratch_rank), 1)[0]
         q.rank, q.shares, q.phase = rank, p.shares, 0
         together = p.shares > 1  # all threads in one task
