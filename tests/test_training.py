@@ -1640,6 +1640,31 @@ def test_a_tape_has_the_memory_of_one_that_is_gone() -> None:
     assert [gradients(tape) for tape in tapes] == [alone[i] for i in (0, 2, 3, 4, 1)]
 
 
+def test_a_tape_in_a_cycle_never_reads_the_memory_of_another() -> None:
+    """When a cycle is collected, what a tape holds may be gone before the `__del__` of another asks for it."""
+
+    class Asking:
+        def __init__(self, layer: LSTM, tape: Tape, found: list[Any]) -> None:
+            self.layer, self.tape, self.found, self.itself = layer, tape, found, self
+
+        def __del__(self) -> None:
+            self.layer.record(np.zeros((9, 5, 3), np.float32))
+            try:
+                self.found.append(self.tape.backward(self.tape.output).params["weight_hh_l0"])
+            except AttributeError:
+                self.found.append(None)
+
+    layer, found = LSTM(3, 40, rng=0), []
+    tape = layer.record(np.ones((9, 5, 3), np.float32))
+    expected = tape.backward(tape.output).params["weight_hh_l0"]
+    gc.collect()  # the tape becomes older than what asks for it
+    Asking(layer, tape, found)
+    del tape
+    gc.collect()
+    assert len(found) == 1
+    assert all(gradient is None or (gradient == expected).all() for gradient in found)
+
+
 def test_weights_that_were_replaced_are_given_back_at_once() -> None:
     layer, x = LSTM(64, 128, rng=0), np.ones((3, 1, 64), np.float32)  # 0.4 MB, and thrice as much packed
     weights = layer.state_dict()

@@ -111,8 +111,10 @@ class Lent:
         self.array, self._spare = array, spare
 
     def __del__(self) -> None:
-        """Leave the memory to the next user."""
-        self._spare.give_back(self.array)
+        """Leave the memory to the next user; whoever still has this, as one of a cycle may, gets an error."""
+        array = self.array
+        del self.array
+        self._spare.give_back(array)
 
 
 def most_vectors() -> int:
