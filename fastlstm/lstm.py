@@ -218,10 +218,9 @@ class LSTM(Layer, SequenceModel):
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         D, H, P = self._directions, self.hidden_size, self._output_size
         shapes: dict[str, tuple[int, ...]] = {}
-        for layer in range(self.num_layers):
+        for layer, names in enumerate(self._suffixes()):
             I = self.input_size if layer == 0 else D * P
-            for suffix in ("", "_reverse")[:D]:
-                name = f"_l{layer}{suffix}"
+            for name in names:
                 shapes |= {"weight_ih" + name: (4 * H, I), "weight_hh" + name: (4 * H, P)}
                 if self.bias:
                     shapes |= {"bias_ih" + name: (4 * H,), "bias_hh" + name: (4 * H,)}

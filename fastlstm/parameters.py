@@ -119,20 +119,18 @@ class Layer(ABC):
 
     def _packed_weights(self) -> Any:
         """Return the packed weights, packed again if they have changed."""
-        params, packed = self._params, self._packed
-        if packed is None or packed[0] is not params:
-            packed = self.__dict__["_packed"] = None  # so that there is room for the new ones
-            packed = params, self._pack(params)
-            self.__dict__["_packed"] = packed
-        return packed[1]
+        return self._up_to_date("_packed", self._pack)
 
     def _training_weights(self) -> Any:
         """Return the weights packed for training, packed again if they have changed."""
-        params, packed = self._params, self._packed_for_training
+        return self._up_to_date("_packed_for_training", self._pack_for_training)
+
+    def _up_to_date(self, name: str, pack: Callable[[Mapping[str, Array]], Any]) -> Any:
+        """Return what is packed under a name, packed again if the weights have changed."""
+        params, packed = self._params, self.__dict__[name]
         if packed is None or packed[0] is not params:
-            packed = self.__dict__["_packed_for_training"] = None
-            packed = params, self._pack_for_training(params)
-            self.__dict__["_packed_for_training"] = packed
+            packed = self.__dict__[name] = None  # the new ones go where these were
+            packed = self.__dict__[name] = params, pack(params)
         return packed[1]
 
     @property

@@ -19,8 +19,21 @@ import fastlstm
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 
+COUNT_REGIONS = """
+regions = []  # who entered a parallel region, and was it granted
+
+def count_regions():
+    run_region = region.run_region
+    def counted(*args):
+        done = run_region(*args)
+        regions.append((os.getpid(), done))
+        return done
+    region.run_region = counted
+"""
 # A layer, its input, and its output by the serial kernel; `parallel` shares every later call out among 2 threads.
-START = """
+START = (
+    COUNT_REGIONS
+    + """
 import contextlib, os, sys, threading, warnings
 import numpy as np
 import fastlstm
@@ -33,22 +46,16 @@ with contextlib.ExitStack() as stack:
     stack.enter_context(fastlstm.threads.region)  # taken: this call runs the serial kernel
     expected = lstm(x)[0].tobytes()
 
-regions = []  # who entered a parallel region, and was it granted
-
 def parallel(ranks=2, shares=2, groups=1, hoisted=True, chunk=16):
     how = network.Strategy(ranks, shares, groups, hoisted, chunk)
-    run_region = region.run_region
-    def counted(*args):
-        done = run_region(*args)
-        regions.append((os.getpid(), done))
-        return done
-    region.run_region = counted
+    count_regions()
     network.Network.forward = partialmethod(network.Network.forward, how=how)
     network.choose_strategy = lambda *_: how
 
 def same():
     return lstm(x)[0].tobytes() == expected
 """
+)
 
 
 def run(code: str, *args: str, **variables: str | None) -> str:

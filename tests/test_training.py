@@ -36,7 +36,7 @@ from conftest import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_bad_arguments import JUNK, LAYOUTS, arrays, odd_arguments, refused_or, relaid, shapes_near
-from test_guest import CHILD, COMPILES, QUICK, can_fork
+from test_guest import CHILD, COMPILES, COUNT_REGIONS, QUICK, can_fork
 
 import fastlstm
 from fastlstm import LSTM, Linear, Sequential, reference, threads
@@ -1687,7 +1687,9 @@ def test_weights_that_were_replaced_are_given_back_at_once() -> None:
 
 # A good guest: each test starts its own interpreters
 
-START = """
+START = (
+    COUNT_REGIONS
+    + """
 import contextlib, hashlib, os, sys, threading, warnings
 import numpy as np
 import fastlstm
@@ -1709,23 +1711,16 @@ def train(layer=lstm, **more):
 with fastlstm.threads.region:  # taken: this call runs the serial kernels
     expected = train()
 
-regions = []  # who entered a parallel region, and was it granted
-
 def parallel(ranks=2, shares=2, groups=1):
     how = network.Strategy(ranks, shares, groups, True, 16)
     training.choose_strategy = lambda *_: how
-    if regions:
-        return
-    run_region = region.run_region
-    def counted(*args):
-        done = run_region(*args)
-        regions.append((os.getpid(), done))
-        return done
-    region.run_region = counted
+    if not regions:
+        count_regions()
 
 def same(**more):
     return train(**more) == expected
 """
+)
 TWO = {"FASTLSTM_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
 
 

@@ -29,6 +29,7 @@ from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import (
+    EVERY,
     GATES,
     advance_kernel,
     blocking,
@@ -192,13 +193,13 @@ class Network:
         plan["ranks"], plan["shares"], plan["groups"] = how.ranks, how.shares, how.groups
         plan["hoisted"], plan["chunk"] = how.hoisted, how.chunk
         plan["fetch"] = self.weight_bytes // (self.sizes.L * self.sizes.D * how.shares) > L2_BYTES
-        every, fetching = frozenset(range(1, blocking(self.dtype).rows + 1)), bool(plan["fetch"])
+        fetching = bool(plan["fetch"])
         if how.hoisted or self.projected:
             tail = self.cut.tail_units + self.p_cut.tail_units * self.projected > 0
-            plan["project"] = address(tile_table(project_kernel, self.dtype, every, tail, fetching))
+            plan["project"] = address(tile_table(project_kernel, self.dtype, EVERY, tail, fetching))
         groups = how.groups if how.shares == 1 else 1
         used = tile_rows(self.dtype, plan["N"] // groups) | tile_rows(self.dtype, -(-plan["N"] // groups))
-        rows = every if plan["lengths"] else frozenset(used)
+        rows = EVERY if plan["lengths"] else frozenset(used)
         advance = record_kernel if recorded else advance_kernel
         plan["advance"] = address(tile_table(advance, self.dtype, rows, self.cut.tail_units > 0, fetching))
         alike = how.shares == 1 and not plan["lengths"] and not plan["reset"]
@@ -347,10 +348,9 @@ def choose_strategy(network: Network, N: int, T: int, count: int, lengths: Array
 
 def load_tiles(dtype: np.dtype[Any], training: bool) -> None:
     """Compile every tile, or load it from the cache."""
-    every, cut = frozenset(range(1, blocking(dtype).rows + 1)), blocking(dtype)
     for describe in (project_kernel, advance_kernel, record_kernel)[: 2 + training]:
         for fetching in (False, True):
-            tile_table(describe, dtype, every, cut.tail > 0, fetching)
+            tile_table(describe, dtype, EVERY, blocking(dtype).tail > 0, fetching)
 
 
 def deal_rows(order: Array, lengths: Array, groups: int) -> tuple[Array, Array]:

@@ -15,7 +15,16 @@ from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import Packing, aligned, columns_panel, cut_columns
 from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.team import LINE, call_tile, copy, integer_at, next_task, part, record, set_integer
-from fastlstm.kernels.tile import FETCHING_ROWS, GATES, blocking, most_blocks, project_kernel, shapes, tile_table
+from fastlstm.kernels.tile import (
+    EVERY,
+    FETCHING_ROWS,
+    GATES,
+    blocking,
+    most_blocks,
+    project_kernel,
+    shapes,
+    tile_table,
+)
 
 __all__ = ["Product", "block_tables", "product_part", "tile_rows"]
 
@@ -168,9 +177,8 @@ class Product:
         self._shape, self._dtype = weight.shape, dtype
         self._address = entry(product_kernel, dtype)
         self._idle: dict[tuple[int, int], Prepared] = {}  # of calls before
-        every = frozenset(range(1, blocking(dtype).rows + 1))
         fetching = self._panel.nbytes > L2_BYTES
-        self._project = tile_table(project_kernel, dtype, every, self._cut.tail_units > 0, fetching)
+        self._project = tile_table(project_kernel, dtype, EVERY, self._cut.tail_units > 0, fetching)
 
     def apply(self, x: Array, out: Array) -> None:
         """Write x W^T + b to `out`: x (rows, K), out (rows, outputs), both C-contiguous and of the weight's dtype."""

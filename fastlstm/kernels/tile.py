@@ -29,6 +29,7 @@ from fastlstm.kernels.compile import entry
 from fastlstm.kernels.simd import I1, I64, Builder, Pointer, Vec, bundle, concat, fma, kernel, target
 
 __all__ = [
+    "EVERY",
     "FETCHING_ROWS",
     "GATES",
     "Blocking",
@@ -371,7 +372,8 @@ def _emit_cells(
 CLASSES = ("row", "few", "many", "row tail", "few tail", "many tail")
 """Tiles that are compiled together, by their rows and whether there is a narrow block; a layer needs one or two."""
 ROWS_OF = {"row": (1,), "few": (2, 3), "many": (4, 5, 6)}
-
+EVERY = frozenset(rows for some in ROWS_OF.values() for rows in some)
+"""How many rows a tile may have."""
 
 _tables: dict[tuple[Any, ...], NDArray[np.int64]] = {}
 
