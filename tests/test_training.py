@@ -41,6 +41,9 @@ from test_guest import CHILD, COMPILES, COUNT_REGIONS, QUICK, can_fork
 import fastlstm
 from fastlstm import LSTM, Linear, Sequential, reference, threads
 from fastlstm.bench.cases import CASES
+from fastlstm.kernels import network, sequence
+from fastlstm.kernels.network import Network
+from fastlstm.kernels.tile import blocking, fills_line
 from fastlstm.tape import Tape
 
 by_name = {"ids": str}
@@ -562,6 +565,34 @@ def test_checkpoints_change_no_bit(case: Case) -> None:
     for how in [(2, 1, 4, True, 7), (2, 2, 1, True, 7)]:
         with shared_out(*how), poisoned():
             assert_same_gradients(training.gradients(checkpoint_every=1), expected)
+
+
+@pytest.mark.parametrize(
+    "case", grid(replace(SEVERAL_CHUNKS, H=64), N=(1, 3, 13), D=(1, 2), P=(0, 6), dtype=BOTH), **by_name
+)
+def test_what_is_saved_past_the_caches_has_the_same_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is where no cache holds it; where a register is no whole line, it goes through them."""
+    plan, past = Network.plan, []
+    dtype = np.dtype(case.dtype)
+    whole_lines = fills_line(blocking(dtype).units, dtype)
+
+    def watched(*arguments: Any, **values: Any) -> Any:
+        numbers = list(plan(*arguments, **values))
+        past.append(numbers[list(sequence.PLAN.names).index("past_caches")])
+        return numbers
+
+    monkeypatch.setattr(Network, "plan", watched)
+    expected = draw_training(case).gradients()
+    assert not any(past)
+    past.clear()
+    monkeypatch.setattr(network, "PAST_CACHES", 0)
+    for H in (case.H, case.H - 1):
+        with poisoned():
+            gradients = draw_training(replace(case, H=H)).gradients()
+        assert {bool(number) for number in past} == {H == case.H and whole_lines}
+        past.clear()
+        if H == case.H:
+            assert_same_gradients(gradients, expected)
 
 
 @pytest.mark.parametrize("where", ["at", "before", "after"])

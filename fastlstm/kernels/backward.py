@@ -269,14 +269,19 @@ def backward_kernel(dtype: np.dtype):
         """d_h = d_z W_hh for blocks of outputs, to the step before; what was cut gets nothing.
 
         Every other step takes the blocks in the opposite order: what it needs first is what the cache saw last.
-        Meanwhile what was saved of the step before comes to L2, whose c that step reads, if this thread takes it all.
+        Meanwhile what was saved for the cells to come goes to L2, if this thread takes all of them: of the step before,
+        whose c the next cells read; or of the next slice.
         """
         t = time(p, q, q.j)
         d_h = p.d_h + row0 * p.P * size
         ahead, ahead_step = p.zeros, 0
-        before = time(p, q, q.j + 2)
-        if rows >= FETCHING_ROWS and p.slices == 1 and not p.units_apart and 0 <= before < p.T:
-            ahead = p.saved + (before * p.N + row0) * KEPT * p.H * size
+        next_t, next_row = time(p, q, q.j + 2), row0
+        if p.slices > 1:
+            next_t, next_row = t, row0 + q.last - q.first
+            if next_row + rows > p.N:
+                next_t, next_row = time(p, q, q.j + 1), row0 - q.first
+        if rows >= FETCHING_ROWS and not p.units_apart and 0 <= next_t < p.T:
+            ahead = p.saved + (next_t * p.N + next_row) * KEPT * p.H * size
             multiplications = (rows + most[0, widest] - 1) // most[0, widest] * count_blocks(p.P) * GATES * p.H
             ahead_step = rows * KEPT * p.H // multiplications + 1
         for nth in range(first, last):

@@ -29,10 +29,13 @@ from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import (
+    CACHE_LINE,
     EVERY,
     GATES,
+    KEPT,
     advance_kernel,
     blocking,
+    fills_line,
     most_blocks,
     project_kernel,
     record_kernel,
@@ -52,6 +55,7 @@ HUGE_HOISTED_BYTES = 4 << 20
 ROWS_IN_CACHE = 96  # rows of a group whose state and x stay in L2 from step to step
 MIN_FULL = 6  # rows: as many as a tile has; from there on the step's own tile is full
 HOISTED_BYTES = 256 << 10  # of z for the steps of a chunk
+PAST_CACHES = 16 << 20  # bytes saved for the backward that no cache still has then: b512 gains 8% of its forward
 KEPT_WORKSPACES, KEPT_SCRATCH = 4, 2 << 20  # how many, and up to how many bytes each, outlive their call
 KEPT_PANELS = 128 << 20  # bytes of panels that outlive their weights
 
@@ -202,6 +206,9 @@ class Network:
         rows = EVERY if plan["lengths"] else frozenset(used)
         advance = record_kernel if recorded else advance_kernel
         plan["advance"] = address(tile_table(advance, self.dtype, rows, self.cut.tail_units > 0, fetching))
+        saved = KEPT * self.sizes.H * self.dtype.itemsize if recorded else 0  # bytes of a row and step
+        lines = fills_line(self.cut.units, self.dtype) and saved % (KEPT * CACHE_LINE) == 0
+        plan["past_caches"] = lines and saved * plan["N"] * plan["T"] > PAST_CACHES
         alike = how.shares == 1 and not plan["lengths"] and not plan["reset"]
         plan["whole"] = alike and self._fits_tile(-(-plan["N"] // how.groups))
         return plan.values()

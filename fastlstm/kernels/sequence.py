@@ -22,6 +22,7 @@ from fastlstm.kernels.team import (
     call_tile,
     clear,
     copy,
+    fence,
     finish_task,
     integer_at,
     next_task,
@@ -65,6 +66,7 @@ PLAN = record(
     "reverse",  # 1: the only direction runs from the last step to the first
     "middle",  # two buffers (T, N, 2P) between the layers of a bidirectional network
     "hoisted", "chunk",  # 1: the input product is hoisted; steps in a chunk
+    "past_caches",  # 1: what is saved is too large for them
     "whole",  # 1: one tile holds all hidden units and no row differs from another, so that it can make many steps
     "groups",  # of rows, each taken by one thread as a whole
     "ranks", "shares", "counters",  # threads; shares of a phase (1: the rows are shared out); the team's counters
@@ -135,6 +137,7 @@ def forward_kernel(dtype: np.dtype):
                         to + (row * to_width + unit) * size, to_width,
                         out + unit * size, q.out_rows + row * 8, sign * q.out_step, valid - unit,
                         saved + (row * KEPT * p.H + unit) * size, KEPT * p.H, sign * p.N * KEPT * p.H, p.H, p.H - unit,
+                        p.past_caches,
                     ))  # fmt: skip
                     row += here * count
 
@@ -400,6 +403,8 @@ def forward_kernel(dtype: np.dtype):
             run_span(p, q)
             if p.ranks > 1 and not together:
                 finish_task(p.counters)
+        if p.past_caches:
+            fence()
         if p.ranks == 1:  # of a stream; where there are more threads the caller does it
             p.parity = (p.parity + p.T) & 1
 

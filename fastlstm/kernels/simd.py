@@ -146,16 +146,19 @@ class Pointer:
         """Return the one number here in every lane."""
         return self.builder.splat(self.builder.ir.load(self.value), lanes)
 
-    def prefetch(self, write: bool = False) -> None:
-        """Ask for the cache line here: to L2, or where it will be written to L1."""
+    def prefetch(self, near: bool = False, write: bool = False) -> None:
+        """Ask for the cache line here: to L2, or to L1 where it is needed soon or will be written."""
         b = self.builder.ir
         name = "llvm.prefetch.p0" if llvm.llvm_version_info[0] > 14 else "llvm.prefetch.p0i8"
-        how = [I32(int(write)), I32(3 if write else 2), I32(1)]
+        how = [I32(int(write)), I32(3 if near or write else 2), I32(1)]
         self.builder.call(name, [b.bitcast(self.value, I8.as_pointer()), *how], ir.VoidType())
 
-    def store(self, vec: Vec) -> None:
-        """Write one register here."""
-        self.builder.ir.store(*vec.values, self._as_vector(vec.lanes), align=self.builder.dtype.itemsize)
+    def store(self, vec: Vec, past_caches: bool = False) -> None:
+        """Write one register here; past the caches it must be aligned, and other threads see it after a `fence`."""
+        b, size = self.builder.ir, self.builder.dtype.itemsize
+        written = b.store(*vec.values, self._as_vector(vec.lanes), align=vec.lanes * size if past_caches else size)
+        if past_caches:
+            written.set_metadata("nontemporal", b.module.add_metadata([I32(1)]))
 
     def store_first(self, vec: Vec, count: ir.Value) -> None:
         """Write the first `count` lanes here and touch nothing behind them."""

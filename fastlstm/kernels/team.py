@@ -29,6 +29,7 @@ __all__ = [
     "call_tile",
     "clear",
     "copy",
+    "fence",
     "finish_task",
     "integer_at",
     "lazy",
@@ -149,6 +150,17 @@ def _store_atomic(typingctx, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def fence(typingctx):
+    """Let other threads see all that was written, past the caches too."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic

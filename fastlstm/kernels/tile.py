@@ -15,8 +15,9 @@ are no multiple of `lanes` from drowning in padding and lets 16 registers hold e
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ __all__ = [
     "advance_kernel",
     "blocking",
     "chain",
+    "fills_line",
     "most_blocks",
     "project_kernel",
     "record_kernel",
@@ -44,6 +46,7 @@ __all__ = [
     "tile_table",
 ]
 
+CACHE_LINE = 64  # bytes
 GATES = 4
 KEPT = 5  # numbers that the backward needs of a hidden unit and step
 FETCHING_ROWS = 4  # tiles of fewer rows read their panels faster than they could fetch others
@@ -102,6 +105,11 @@ def most_blocks(dtype: np.dtype, rows: int) -> int:
     cut = blocking(dtype)
     vectors = GATES * cut.units // cut.lanes
     return max(1, min(16 // vectors, cut.accumulators // (rows * vectors)))
+
+
+def fills_line(units: int, dtype: np.dtype) -> bool:
+    """Return whether a register of so many units is a whole cache line, as what is written past the caches must be."""
+    return units * dtype.itemsize == CACHE_LINE
 
 
 def chain(
@@ -250,6 +258,17 @@ class _Record:
     rows: list[Pointer]
     H: ir.Value
     valid: ir.Value
+    past_caches: ir.Value  # 1: straight to memory
+
+    def choose(self, b: Builder, write: Callable[[bool], None]) -> None:
+        """Emit `write` twice, of which one is executed: False through the caches, True past them."""
+        for past in (False, True):
+
+            def once(_: ir.Value, nothing: list[Vec], past: bool = past) -> list[Vec]:
+                write(past)
+                return nothing
+
+            b.loop(self.past_caches if past else b.ir.sub(I64(1), self.past_caches), once)
 
 
 def advance_cell(z_i: Vec, z_f: Vec, z_g: Vec, z_o: Vec, c: Vec) -> tuple[Vec, Vec]:
@@ -271,8 +290,9 @@ def _emit_advance(
     h_next_panel : those of the blocks that come after, which a fetching tile brings to L2 meanwhile.
     c : in/out (rows, units), `c_stride` apart.  h_next : out (rows, units), `h_next_stride` apart.
     out : out rows at `out_rows`; the first `valid` units of the tile are written; none where `valid` is 0.
-    recorded : nothing, or what the backward needs: saved, saved_stride, saved_step, H, saved_valid.
+    recorded : nothing, or what the backward needs: saved, saved_stride, saved_step, H, saved_valid, past_caches.
     saved : out (rows, 5, H), i, f, g, o, c', `saved_stride` apart; the first `saved_valid` units are written.
+    past_caches : 1 where `saved` is too large for any cache and each register of it is a whole cache line, else 0.
     More than one step where the tile holds all units: from step to step `start`, `a`, `out`, `saved` move by
     `start_step`, `a_step`, `out_step`, `saved_step` numbers, and `h` and `h_next` change places.
     """
@@ -286,7 +306,7 @@ def _emit_advance(
         start_at = b.pointer(start) + b.ir.mul(s, start_step)
         a_at, out_base = b.pointer(a) + b.ir.mul(s, a_step), b.pointer(out) + b.ir.mul(s, out_step)
         if recorded:
-            saved, saved_stride, saved_step, H, saved_valid = recorded
+            saved, saved_stride, saved_step, H, saved_valid, past_caches = recorded
             saved_at = b.pointer(saved) + b.ir.mul(s, saved_step)
 
         def tile(i: ir.Value, _: list[Vec]) -> list[Vec]:
@@ -298,11 +318,9 @@ def _emit_advance(
                         (to + unit).prefetch(write=True)
             record = None
             if recorded:
-                record = _Record(_strided(b, saved_at, saved_stride, row0, shape.rows), H, saved_valid)
-                for to in record.rows if shape.rows >= FETCHING_ROWS else []:
-                    for which in range(KEPT):
-                        for unit in units:
-                            (to + b.ir.add(b.ir.mul(H, I64(which)), I64(unit))).prefetch(write=True)
+                record = _Record(_strided(b, saved_at, saved_stride, row0, shape.rows), H, saved_valid, past_caches)
+                if shape.rows >= FETCHING_ROWS:
+                    record.choose(b, partial(_fetch_record, b, record, units))
             sums = [_load_all(p, sum(widths), b.lanes) for p in _strided(b, start_at, start_stride, row0, shape.rows)]
             ahead = _ahead(b, shape, a_next_panel, a_depth, i)
             sums = _multiply(
@@ -362,11 +380,29 @@ def _emit_cells(
                 (out[x.row] + x.unit).store_first(part, b.ir.sub(valid, I64(x.unit)))
         if record is not None:
             kept = [sigmoid(z_i).value(), sigmoid(z_f).value(), tanh(z_g).value(), sigmoid(z_o).value(), c_new]
-            for which, vecs in enumerate(kept):
-                for register, vec in zip(chains, vecs.registers(), strict=True):
-                    for i, x in enumerate(register):
-                        at = record.rows[x.row] + b.ir.add(b.ir.mul(record.H, I64(which)), I64(x.unit))
-                        at.store_first(vec.part(i * x.units, x.units), b.ir.sub(record.valid, I64(x.unit)))
+            record.choose(b, partial(_write_record, b, record, chains, kept))
+
+
+def _fetch_record(b: Builder, record: _Record, units: Iterable[int], past_caches: bool) -> None:
+    """Emit that the lines come to L1 which a tile is about to write, unless they are written past it."""
+    for to in [] if past_caches else record.rows:
+        for which in range(KEPT):
+            for unit in units:
+                (to + b.ir.add(b.ir.mul(record.H, I64(which)), I64(unit))).prefetch(write=True)
+
+
+def _write_record(
+    b: Builder, record: _Record, chains: list[list[_Cells]], kept: Sequence[Vec], past_caches: bool
+) -> None:
+    """Emit the stores of what the backward needs of some registers of cells."""
+    for which, vecs in enumerate(kept):
+        for register, vec in zip(chains, vecs.registers(), strict=True):
+            for i, x in enumerate(register):
+                at = record.rows[x.row] + b.ir.add(b.ir.mul(record.H, I64(which)), I64(x.unit))
+                if not past_caches:
+                    at.store_first(vec.part(i * x.units, x.units), b.ir.sub(record.valid, I64(x.unit)))
+                elif fills_line(x.units, b.dtype):
+                    at.store(vec, past_caches=True)
 
 
 CLASSES = ("row", "few", "many", "row tail", "few tail", "many tail")
@@ -427,7 +463,7 @@ def advance_kernel(dtype: np.dtype, which: str):
 
 def record_kernel(dtype: np.dtype, which: str):
     """Describe the tile that makes steps and keeps what the backward needs."""
-    tile = kernel(dtype, "record", 29, _emit_advance, _in_class(dtype, which))
+    tile = kernel(dtype, "record", 30, _emit_advance, _in_class(dtype, which))
 
     def record(table):
         tile(table)
