@@ -8,7 +8,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -203,11 +203,11 @@ class LSTM(Layer, SequenceModel):
 
     # Weights
 
-    @property
+    @cached_property
     def _directions(self) -> int:
         return 2 if self.bidirectional else 1
 
-    @property
+    @cached_property
     def _output_size(self) -> int:
         return self.proj_size or self.hidden_size
 
@@ -421,7 +421,7 @@ class LSTM(Layer, SequenceModel):
             if array.shape != shape:
                 symbols = f"(L*D, N, {last})" if batched else f"(L*D, {last})"
                 raise ValueError(f"`{argument}`: {name} must have shape {symbols} = {shape}, got {array.shape}")
-            checked.append(array.reshape(count, N, size))
+            checked.append(array if batched else array.reshape(count, N, size))
         return checked[0], checked[1]
 
     # Streaming

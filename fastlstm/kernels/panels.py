@@ -7,7 +7,6 @@ same form, serve out = a W and are copies of pieces of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,11 +89,11 @@ class Spare:
 
     def lend(self, count: int, dtype: np.dtype) -> Lent:
         """Return memory for so many numbers or more, that starts on a cache line."""
-        with suppress(IndexError):
+        try:
             kept = self._kept.pop()
-            if kept.size >= count:
-                return Lent(kept, self)
-        return Lent(aligned(count, dtype), self)
+        except IndexError:
+            return Lent(aligned(count, dtype), self)
+        return Lent(kept if kept.size >= count else aligned(count, dtype), self)
 
     def give_back(self, array: Array) -> None:
         """Keep an array that nobody uses any more, unless it is too large."""
