@@ -57,7 +57,7 @@ MIN_FULL = 6  # rows: as many as a tile has; from there on the step's own tile i
 HOISTED_BYTES = 256 << 10  # of z for the steps of a chunk
 PAST_CACHES = 16 << 20  # bytes saved for the backward that no cache still has then: b512 gains 8% of its forward
 KEPT_WORKSPACES, KEPT_SCRATCH = 4, 2 << 20  # how many, and up to how many bytes each, outlive their call
-KEPT_PANELS = 128 << 20  # bytes of panels that outlive their weights
+KEPT_PANELS = 1 << 30  # bytes of panels that outlive their weights
 
 
 class Sizes(NamedTuple):

@@ -41,6 +41,8 @@ __all__ = [
 
 Array = NDArray[Any]
 ALIGNMENT = 64
+BAND, WIDE_BAND = 128, 16  # rows that are copied block by block, before the next ones
+WIDE_ROW = 3 << 10  # bytes of a row that make it wide: H = 1024 gains a third, 512 would lose as much
 PARALLEL_BYTES = 4 << 20  # of panels below which a parallel region does not pay
 
 
@@ -129,11 +131,11 @@ class Panel:
     parts: Sequence[tuple[int, ...]]
 
 
-# A number of blocks of one sort.  Offsets in bytes, all else in numbers.
+# A number of blocks of one sort; of a natural panel, of bands of rows.  Offsets in bytes, all else in numbers.
 JOB = record(
     "which", "weight", "out",  # the weight and an offset in it, (rows, depth) or, natural, (depth, columns); panels
     "natural", "narrow", "depth", "blocks",
-    "units", "gate_rows", "block_rows",  # a row of the weight is gate * gate_rows + block * block_rows + unit
+    "units", "gate_rows", "block_rows",  # a row of the weight is gate * gate_rows + block * block_rows (+ unit)
     "rows", "gate_limit",  # how many count, and by how many fewer for each gate
     "columns",
 )  # fmt: skip
@@ -169,8 +171,8 @@ def natural_panel(K: int, columns: int, dtype: np.dtype) -> Panel:
     """Describe panels [block][k][column] of a weight (K, columns) for a W, padded to whole registers."""
     lanes = target().lanes(dtype)
     vectors = -(-columns // lanes)
-    blocks = -(-vectors // most_vectors())
-    return Panel(K * vectors * lanes, [(0, 0, 1, 0, K, blocks, 0, 0, 0, 0, 0, columns)])
+    band = WIDE_BAND if columns * dtype.itemsize >= WIDE_ROW else BAND
+    return Panel(K * vectors * lanes, [(0, 0, 1, 0, K, -(-K // band), 0, 0, band, 0, 0, columns)])
 
 
 class Packing:
@@ -273,6 +275,13 @@ def _emit_natural(b: Builder, vectors: int, source, stride, valid, rows, out) ->
 
 
 @lazy
+def count_blocks(columns, lanes, widest):
+    """Return how many blocks natural columns have."""
+    vectors = (columns + lanes - 1) // lanes
+    return (vectors + widest - 1) // widest
+
+
+@lazy
 def cut_block(columns, block, lanes, widest):
     """Return the first register of a block of natural columns, and how many it has."""
     vectors = (columns + lanes - 1) // lanes
@@ -294,12 +303,15 @@ def panels_kernel(dtype: np.dtype):
     @part(types.void, from_dtype(JOB), i, i, i)
     def make_block(job, weight, panels, block):
         if job.natural:
-            first, vectors = cut_block(job.columns, block, lanes, widest)
-            at = first * lanes
-            natural(on_stack((
-                vectors - 1, weight + at * size, job.columns, job.columns - at, job.depth,
-                panels + at * job.depth * size,
-            )))  # fmt: skip
+            k = block * job.block_rows
+            rows = min(job.block_rows, job.depth - k)
+            for each in range(count_blocks(job.columns, lanes, widest)):
+                first, vectors = cut_block(job.columns, each, lanes, widest)
+                at, line = first * lanes, vectors * lanes
+                natural(on_stack((
+                    vectors - 1, weight + (k * job.columns + at) * size, job.columns, job.columns - at, rows,
+                    panels + (at * job.depth + k * line) * size,
+                )))  # fmt: skip
             return
         for gate in range(GATES):
             rows = job.rows - block * job.block_rows - gate * job.gate_limit
