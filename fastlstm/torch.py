@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
@@ -74,6 +74,9 @@ class LSTM(nn.LSTM):
     number; but where no tape is written and there are fewer than 64 steps times rows, of a weight of more than 8 KB
     only in a sample that has a number of every row and every column, so that a single number set so may go unseen.
 
+    The input, states and parameters of a call are used where they are, as by `tensor.numpy()`: torch does not resize
+    them afterwards. `torch.jit.script` puts `torch.nn.LSTM` into the model that it is given; script a copy.
+
     Dropout repeats under `torch.manual_seed`; it does not drop the same elements as `torch.nn.LSTM`. The number of
     threads is that of `fastlstm.set_num_threads`, not that of `torch.set_num_threads`.
 
@@ -129,6 +132,10 @@ class LSTM(nn.LSTM):
         obstacle = _obstacle_around()
         if obstacle:
             return self._fall_back(input, hx, obstacle)
+        if isinstance(input, fx.Proxy):  # to torch.fx.symbolic_trace a module of torch.nn is a leaf
+            given: Any = (input,) if hx is None else (input, hx)
+            traced: Any = input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), given, {})
+            return traced  # type: ignore[no-any-return]
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         for tensor in (x,) if hx is None else (x, hx[0], hx[1]):
@@ -158,7 +165,10 @@ class LSTM(nn.LSTM):
             return False
         rows: tuple[int, ...] = ()
         if batch_sizes is not None:
-            rows = (int(batch_sizes[0]),)
+            counts = batch_sizes.numpy()
+            if not len(counts) or counts[-1] < 1 or (counts[1:] > counts[:-1]).any() or counts.sum() != len(x):
+                return False
+            rows = (int(counts[0]),)
         elif len(sizes) == 2:
             rows = (sizes[0] if self.batch_first else sizes[1],)
         if len(sizes) != (2 if rows and batch_sizes is None else 1):
@@ -318,7 +328,7 @@ class _Weights:
         self.obstacle = next(filter(None, map(_obstacle_in, self.tensors)), "")
         self.layer: lstm.LSTM | None = None
         self.config = {name: getattr(module, name) for name in lstm.LSTM._SETTINGS}
-        self.seen: list[tuple[bytes, Any]] = []
+        self.seen: list[tuple[bytes, bytes]] = []
         self._watched: list[tuple[Any, ...]] = []
         if self.obstacle:
             return
@@ -341,14 +351,14 @@ class _Weights:
     def current(self, module: LSTM, thorough: bool) -> bool:
         """Return whether these are still the weights and the settings of the module."""
         parameters = module._parameters
-        for name, tensor, pointer, version, sample, bits, seen, total in self._watched:
+        for name, tensor, pointer, version, sample, bits, seen, sums in self._watched:
             if (
                 parameters.get(name) is not tensor
                 or tensor._version != version
                 or tensor.data_ptr() != pointer
                 or not tensor.is_contiguous()
                 or sample.tobytes() != seen
-                or (thorough and _sum(bits) != total)
+                or (thorough and _sums(bits) != sums)
             ):
                 return False
         config = self.config
@@ -372,9 +382,9 @@ def _array(tensor: Tensor) -> Array:
     return array
 
 
-def _look(array: Array) -> tuple[bytes, Any]:
+def _look(array: Array) -> tuple[bytes, bytes]:
     """Return what tells whether an array is still the same."""
-    return _sample(array).tobytes(), _sum(_bits(array))
+    return _sample(array).tobytes(), _sums(_bits(array))
 
 
 def _bits(array: Array) -> Array:
@@ -382,9 +392,12 @@ def _bits(array: Array) -> Array:
     return array.view(f"i{array.itemsize}")
 
 
-def _sum(bits: Array) -> Any:
-    """Return the sum, with no regard to overflow: another one where a single number has changed."""
-    return np.add.reduce(bits, axis=None, dtype=bits.dtype)
+def _sums(bits: Array) -> bytes:
+    """Return the sums of rows and columns, with no regard to overflow: others where numbers changed or changed places.
+
+    Of a bias, whose numbers the sample has all, nothing.
+    """
+    return b"".join(np.add.reduce(bits, axis, bits.dtype).tobytes() for axis in range(bits.ndim) if bits.ndim > 1)
 
 
 def _sample(array: Array) -> Array:
@@ -458,14 +471,15 @@ class _Held(np.ndarray[Any, Any]):
     """A byte with a tape: as one of the tensors that torch saves for the backward pass, it goes when they go."""
 
     tape: Tape
+    x_at: int  # where the input was that the tape reads
 
 
 _held: weakref.WeakValueDictionary[int, _Held] = weakref.WeakValueDictionary()  # by address
 
 
-def _hold(tape: Tape) -> Tensor:
+def _hold(tape: Tape, x: Tensor) -> Tensor:
     held = np.zeros(1, np.uint8).view(_Held)
-    held.tape = tape
+    held.tape, held.x_at = tape, x.data_ptr()
     token = torch.from_numpy(held)
     _held[token.data_ptr()] = held
     return token
@@ -496,7 +510,7 @@ class _Recorded(torch.autograd.Function):
         tape = _record(layer, packing, seed, x, h_0, c_0)
         results = _results(packing, tape.output, tape.state)
         output = results[0] if packing is None else None  # that on the tape's memory
-        ctx.save_for_backward(x, h_0, c_0, output, _hold(tape), *tensors)
+        ctx.save_for_backward(x, h_0, c_0, output, _hold(tape, x), *tensors)
         return results
 
     @staticmethod
@@ -513,12 +527,16 @@ class _Recorded(torch.autograd.Function):
         ctx: Any, d_output: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, h_0, c_0 and the weights; None for those that nobody asks for."""
+        if any(d is not None and torch._C._functorch.is_legacy_batchedtensor(d) for d in (d_output, d_h_n, d_c_n)):
+            raise RuntimeError(
+                "fastlstm.torch.LSTM cannot take many gradients at once; do without `is_grads_batched=True`"
+            )
         x, h_0, c_0, _, token, *tensors = ctx.saved_tensors
         packing = None if ctx.batch_sizes is None else _Packing(ctx.batch_sizes, ctx.config["batch_first"])
         held = None if token is None else _held.get(token.data_ptr())
-        if held is not None:
+        if held is not None and held.x_at == x.data_ptr():
             tape = held.tape
-        else:  # the call is lazy, or a hook has put copies in the place of the saved tensors
+        else:  # the call is lazy, a hook has put copies in the place of the saved tensors, or `share_memory_` moved x
             arrays = [_array(tensor) for tensor in tensors]
             if [_look(array) for array in arrays] != ctx.seen:
                 raise RuntimeError("the weights of the LSTM have changed between the forward and the backward pass")

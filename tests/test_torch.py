@@ -465,6 +465,32 @@ def test_a_single_number_counts(how):
             assert torch.equal(lstm(x)[0], again(x)[0])
 
 
+def exchange_numbers(weights):
+    weights[3, [5, 9]] = weights[3, [9, 5]]
+
+
+def exchange_in_a_column(weights):
+    weights[[5, 9], 3] = weights[[9, 5], 3]
+
+
+def turn_two(weights):
+    weights[3, 5:7] *= -1
+
+
+def turn_a_row(weights):
+    weights[3] *= -1
+
+
+@pytest.mark.parametrize("change", [exchange_numbers, exchange_in_a_column, turn_two, turn_a_row])
+def test_changes_count_that_leave_the_sum_of_the_bits(change):
+    lstm, x = ft.LSTM(64, 64), torch.randn(70, 2, 64)
+    lstm(x)
+    change(lstm.weight_hh_l0.detach().numpy())
+    again = ft.LSTM(64, 64)
+    again.load_state_dict(lstm.state_dict())
+    assert torch.equal(lstm(x)[0], again(x)[0])
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 12, 64])
 def test_sample_meets_every_row_and_column(rows):
     for columns in range(1, 80):
@@ -529,6 +555,51 @@ def test_changes_between_forward_and_backward(training, what):
             return
     with pytest.raises(RuntimeError, match="weights of the LSTM have changed" if what == "data" else "inplace"):
         torch.autograd.grad(output.sum(), x)
+
+
+@pytest.mark.parametrize("rows", [3, 400])  # a small block of memory is used again; a large one is gone
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "dropout": 0.5}], ids=str)
+def test_an_input_that_moves_before_the_backward_pass(rows, settings):
+    lstm, x = ft.LSTM(64, 8, **settings), torch.randn(50, rows, 64)
+    loss = lstm(x)[0].sum()
+    expected = torch.autograd.grad(loss, lstm.parameters(), retain_graph=True)
+    x.share_memory_()  # as a queue of torch.multiprocessing does
+    others = [torch.full_like(x, 9.0) for _ in range(5)]
+    assert all(map(torch.equal, torch.autograd.grad(loss, lstm.parameters()), expected))
+    del others
+
+
+def test_many_gradients_at_once_are_refused():
+    x = torch.ones(2, 1, 3, requires_grad=True)
+    y = ft.LSTM(3, 4)(x)[0]
+    with pytest.raises(RuntimeError, match="is_grads_batched"):
+        torch.autograd.grad(y, x, torch.eye(8).view(8, 2, 1, 4), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("counts", [[2, 1, 2], [2, 2, 2], [0], [2, -1], [4]])
+def test_counts_of_a_packed_sequence_that_cannot_be(counts):
+    packed = PackedSequence(torch.ones(5, I), torch.tensor(counts))
+    for module in pair(I, H):
+        with pytest.raises(RuntimeError):
+            module(packed)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_a_leaf_of_a_symbolic_trace(with_state):
+    class Model(nn.Module):
+        def __init__(self, lstm):
+            super().__init__()
+            self.lstm = lstm
+
+        def forward(self, x, h, c):
+            output, (h_n, _) = self.lstm(x, (h, c)) if with_state else self.lstm(x)
+            return output.sum() + h_n.sum()
+
+    given = torch.randn(T, N, I), torch.randn(1, N, H), torch.randn(1, N, H)
+    ours, theirs = (torch.fx.symbolic_trace(Model(lstm)) for lstm in pair(I, H))
+    assert type(ours.lstm) is ft.LSTM
+    assert str(ours.graph) == str(theirs.graph)
+    assert_near([ours(*given).detach()], [theirs(*given).detach()])
 
 
 def test_state_dicts_are_interchangeable():
