@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         Exit status.
     """
+    if sys.stdout is None:  # closed by whoever started the process
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -102,8 +104,9 @@ def _parser() -> argparse.ArgumentParser:
 
     bench_command.add_options(add("bench", _bench, "compare with the LSTM libraries that are installed"))
     add("info", _info, "show versions, CPU features, threads and the compile cache")
-    warmup = add("warmup", _warmup, "fill the compile cache")
+    warmup = add("warmup", _warmup, "fill the compile cache for inference")
     warmup.add_argument("--dtype", action="append", choices=("float32", "float64"), help="default float32; repeatable")
+    warmup.add_argument("--training", action="store_true", help="for training too")
     return parser
 
 
@@ -116,7 +119,7 @@ def _warmup(options: argparse.Namespace) -> int:
     from fastlstm.kernels.compile import cache_folder
 
     start = time.perf_counter()
-    fastlstm.warmup(options.dtype or ("float32",))
+    fastlstm.warmup(options.dtype or ("float32",), options.training)
     print(f"ready after {time.perf_counter() - start:.1f} s, compile cache: {cache_folder() or 'none'}")
     return 0
 

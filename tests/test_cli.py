@@ -256,6 +256,38 @@ def test_demo_draws_a_png(tmp_path, capsys, monkeypatch):
     assert f"drawn in {tmp_path / 'plot.png'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["forecast", "forecast.svg", "."])
+def test_a_plot_is_written_where_it_says(tmp_path, capsys, monkeypatch, name):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "TIMED_SECONDS", 0.001)
+    status = cli.main(["demo", "--plot", name])
+    if name == ".":
+        assert status == 2
+        assert capsys.readouterr().err == "fastlstm: .: Is a directory\n"
+        assert not list(tmp_path.iterdir())
+    else:
+        assert status == 0
+        assert f"drawn in {name}\n" in capsys.readouterr().out
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name).read_bytes()[:5] == (b"<?xml" if name.endswith("svg") else b"\x89PNG\r")
+
+
+@on_posix
+def test_without_a_standard_output():
+    command = f"exec {sys.executable} -m fastlstm info >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=-1, check=False, env=environment())
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("option", ["--json", "--readme", "--chart"])
+def test_bench_looks_first_where_it_will_write(option, capsys):
+    if option == "--chart":
+        pytest.importorskip("matplotlib")
+    assert cli.main(["bench", "--cases", "step32", option, "absent/file.png"]) == 2
+    assert capsys.readouterr().err == "fastlstm: absent/file.png: No such file or directory\n"
+
+
 @pytest.mark.parametrize("size", [(1, 1), (300, 100)], ids=str)
 def test_demo_fits_any_terminal_and_encoding(size):
     variables = {"COLUMNS": str(size[0]), "LINES": str(size[1]), "PYTHONIOENCODING": "ascii"}

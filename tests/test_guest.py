@@ -533,6 +533,21 @@ def test_without_a_cache_it_still_works(filled: tuple[Path, str], where: str, tm
     assert not home.is_dir() or not files(home)
 
 
+def test_a_cache_that_cannot_be_written_is_read(filled: tuple[Path, str], tmp_path: Path) -> None:
+    """As in an image that was built by another user; one with nothing in it is none."""
+    deny = """
+import tempfile
+def refuse(*arguments, **options):
+    raise PermissionError("read-only")
+tempfile.TemporaryFile = tempfile.mkstemp = refuse
+"""
+    folder, expected = filled
+    variables = QUICK | {"FASTLSTM_CACHE": str(folder)}
+    assert run_python(deny + COMPILES + WORK + "print(*compiled)", **variables).split() == [expected]
+    code = deny + "from fastlstm.kernels.compile import cache_folder; print(cache_folder())"
+    assert run_python(code, **variables | {"FASTLSTM_CACHE": str(tmp_path)}).split() == ["None"]
+
+
 def test_the_cache_lies_in_the_users_cache_folder(filled: tuple[Path, str], tmp_path: Path) -> None:
     code = "from fastlstm.kernels.compile import cache_folder; print(cache_folder())"
     variables = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": None, "FASTLSTM_CACHE": None}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,9 @@ def run(options: argparse.Namespace, command: str) -> int:
     """
     if options.chart is not None:
         report.require_matplotlib()
+    for path in filter(None, (options.json, options.readme, options.chart)):  # before what takes minutes
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if options.from_json is None:
         result = compare(
             _problems(options),
@@ -85,9 +90,9 @@ def run(options: argparse.Namespace, command: str) -> int:
         )
     else:
         result = _read(options.from_json)
+    print(report.terminal(result))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(report.terminal(result))
     if options.readme is not None:
         report.write_readme(result, options.readme)
     if options.chart is not None:

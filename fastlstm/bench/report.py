@@ -97,7 +97,7 @@ def write_readme(result: Result, path: Path) -> None:
 def require_matplotlib() -> None:
     """Raise a ValueError that says what to install if matplotlib is not there."""
     if find_spec("matplotlib") is None:
-        raise ValueError("a chart needs matplotlib: pip install 'fastlstm[plot]'")
+        raise ValueError("a chart needs matplotlib: pip install matplotlib")
 
 
 def write_chart(result: Result, path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastlstm.io.files import replacing
 
 if TYPE_CHECKING:
     from fastlstm.demo import DemoResult
@@ -93,17 +96,21 @@ def plot_png(result: DemoResult, path: str) -> None:
     ----------
     result : DemoResult
     path : str
-        The file to write; its suffix says the format.
+        The file to write; its suffix says the format, which is PNG without one.
 
     Raises
     ------
     ImportError
         If matplotlib is not installed.
+    OSError
+        If the file cannot be written.
+    ValueError
+        If matplotlib does not know the format.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("a PNG needs matplotlib: pip install fastlstm[plot]") from error
+        raise ImportError("a PNG needs matplotlib: pip install matplotlib") from error
 
     figure = Figure(figsize=(10.0, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -121,4 +128,5 @@ def plot_png(result: DemoResult, path: str) -> None:
     axes.legend(loc="upper right", frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:] or "png")

@@ -56,9 +56,10 @@ _DIGEST = _find_digest()  # of the sources that this process has imported, whate
 
 
 def cache_folder() -> Path | None:
-    """Return the folder of the compile cache; None where it is turned off or no folder can be written.
+    """Return the folder of the compile cache; None where it is turned off or there is none and none can be made.
 
-    `FASTLSTM_CACHE` names it (0: off); by default it lies in the user's cache folder.
+    `FASTLSTM_CACHE` names it (0: off); by default it lies in the user's cache folder. One that another user has filled,
+    as in an image, is read even where nothing can be written.
     """
     wanted = os.environ.get("FASTLSTM_CACHE", "")
     if wanted == "0":
@@ -70,7 +71,9 @@ def cache_folder() -> Path | None:
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError:
-            continue
+            with suppress(OSError):
+                if any(folder.iterdir()):
+                    return folder
     return None
 
 
