@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, from_dtype, types
 
+from fastlstm.kernels import panels
 from fastlstm.kernels.gradient_tile import LEFT, most_rows, pieces
 from fastlstm.kernels.panels import cut_block, most_vectors
 from fastlstm.kernels.simd import target
@@ -106,8 +107,7 @@ def backward_kernel(dtype: np.dtype):
     @part(i, i)
     def count_blocks(columns):
         """Return how many blocks of columns a product has."""
-        vectors = (columns + lanes - 1) // lanes
-        return (vectors + widest - 1) // widest
+        return panels.count_blocks(columns, lanes, widest)
 
     @part(types.UniTuple(i, 2), i, i)
     def cut_columns(columns, block):

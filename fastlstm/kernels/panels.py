@@ -21,7 +21,7 @@ from fastlstm.kernels.compile import entry
 from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.simd import I64, Builder, Vec, kernel, target
 from fastlstm.kernels.team import LINE, integer_at, lazy, next_task, on_stack, part, record, record_at
-from fastlstm.kernels.tile import GATES, blocking
+from fastlstm.kernels.tile import CACHE_LINE, GATES, blocking
 
 __all__ = [
     "Cut",
@@ -31,6 +31,7 @@ __all__ = [
     "Spare",
     "aligned",
     "columns_panel",
+    "count_blocks",
     "cut_block",
     "cut_columns",
     "cut_units",
@@ -40,7 +41,6 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-ALIGNMENT = 64
 BAND, WIDE_BAND = 128, 16  # rows that are copied block by block, before the next ones
 WIDE_ROW = 3 << 10  # bytes of a row that make it wide: H = 1024 gains a third, 512 would lose as much
 PARALLEL_BYTES = 4 << 20  # of panels below which a parallel region does not pay
@@ -77,8 +77,8 @@ def cut_columns(count: int, dtype: np.dtype) -> Cut:
 def aligned(count: int, dtype: np.dtype) -> NDArray[np.generic]:
     """Return an uninitialised array that starts on a cache line."""
     dtype = np.dtype(dtype)
-    raw = np.empty(count * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -address(raw) % ALIGNMENT
+    raw = np.empty(count * dtype.itemsize + CACHE_LINE, np.uint8)
+    start = -address(raw) % CACHE_LINE
     return raw[start : start + count * dtype.itemsize].view(dtype)
 
 
@@ -190,7 +190,7 @@ class Packing:
             for source, out, *rest in panel.parts:
                 jobs.append((which, source * dtype.itemsize, (self.size + out) * dtype.itemsize, *rest))
             self.offsets.append(self.size * dtype.itemsize)
-            self.size += -(-panel.size // ALIGNMENT) * ALIGNMENT
+            self.size += -(-panel.size // CACHE_LINE) * CACHE_LINE
         self._jobs = np.array(jobs, np.int64)
         self._idle: dict[int, tuple[Prepared, Array] | None] = {}  # by threads
 
@@ -285,7 +285,7 @@ def count_blocks(columns, lanes, widest):
 def cut_block(columns, block, lanes, widest):
     """Return the first register of a block of natural columns, and how many it has."""
     vectors = (columns + lanes - 1) // lanes
-    blocks = (vectors + widest - 1) // widest
+    blocks = count_blocks(columns, lanes, widest)
     first = vectors * block // blocks
     return first, vectors * (block + 1) // blocks - first
 

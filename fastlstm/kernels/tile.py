@@ -15,9 +15,9 @@ are no multiple of `lanes` from drowning in padding and lets 16 registers hold e
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -258,17 +258,11 @@ class _Record:
     rows: list[Pointer]
     H: ir.Value
     valid: ir.Value
-    past_caches: ir.Value  # 1: straight to memory
+    past_caches: ir.Value  # a bit: straight to memory
 
-    def choose(self, b: Builder, write: Callable[[bool], None]) -> None:
-        """Emit `write` twice, of which one is executed: False through the caches, True past them."""
-        for past in (False, True):
-
-            def once(_: ir.Value, nothing: list[Vec], past: bool = past) -> list[Vec]:
-                write(past)
-                return nothing
-
-            b.loop(self.past_caches if past else b.ir.sub(I64(1), self.past_caches), once)
+    def at(self, b: Builder, row: int, which: int, unit: int) -> Pointer:
+        """Return where one of the numbers of a row is written, from a unit on."""
+        return self.rows[row] + b.ir.add(b.ir.mul(self.H, I64(which)), I64(unit))
 
 
 def advance_cell(z_i: Vec, z_f: Vec, z_g: Vec, z_o: Vec, c: Vec) -> tuple[Vec, Vec]:
@@ -318,9 +312,12 @@ def _emit_advance(
                         (to + unit).prefetch(write=True)
             record = None
             if recorded:
-                record = _Record(_strided(b, saved_at, saved_stride, row0, shape.rows), H, saved_valid, past_caches)
+                past = b.ir.icmp_signed("!=", past_caches, I64(0))
+                record = _Record(_strided(b, saved_at, saved_stride, row0, shape.rows), H, saved_valid, past)
                 if shape.rows >= FETCHING_ROWS:
-                    record.choose(b, partial(_fetch_record, b, record, units))
+                    with b.ir.if_then(b.ir.not_(past)):
+                        for row, which, unit in itertools.product(range(shape.rows), range(KEPT), units):
+                            record.at(b, row, which, unit).prefetch(write=True)
             sums = [_load_all(p, sum(widths), b.lanes) for p in _strided(b, start_at, start_stride, row0, shape.rows)]
             ahead = _ahead(b, shape, a_next_panel, a_depth, i)
             sums = _multiply(
@@ -380,15 +377,11 @@ def _emit_cells(
                 (out[x.row] + x.unit).store_first(part, b.ir.sub(valid, I64(x.unit)))
         if record is not None:
             kept = [sigmoid(z_i).value(), sigmoid(z_f).value(), tanh(z_g).value(), sigmoid(z_o).value(), c_new]
-            record.choose(b, partial(_write_record, b, record, chains, kept))
-
-
-def _fetch_record(b: Builder, record: _Record, units: Iterable[int], past_caches: bool) -> None:
-    """Emit that the lines come to L1 which a tile is about to write, unless they are written past it."""
-    for to in [] if past_caches else record.rows:
-        for which in range(KEPT):
-            for unit in units:
-                (to + b.ir.add(b.ir.mul(record.H, I64(which)), I64(unit))).prefetch(write=True)
+            with b.ir.if_else(record.past_caches) as (past, through):
+                with past:
+                    _write_record(b, record, chains, kept, past_caches=True)
+                with through:
+                    _write_record(b, record, chains, kept, past_caches=False)
 
 
 def _write_record(
@@ -398,7 +391,7 @@ def _write_record(
     for which, vecs in enumerate(kept):
         for register, vec in zip(chains, vecs.registers(), strict=True):
             for i, x in enumerate(register):
-                at = record.rows[x.row] + b.ir.add(b.ir.mul(record.H, I64(which)), I64(x.unit))
+                at = record.at(b, x.row, which, x.unit)
                 if not past_caches:
                     at.store_first(vec.part(i * x.units, x.units), b.ir.sub(record.valid, I64(x.unit)))
                 elif fills_line(x.units, b.dtype):
