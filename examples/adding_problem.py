@@ -220,7 +220,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the weights; default %(default)s")
     add("--forget-only", action="store_true", help="bias the forget gates alone: learns later, best with --batch 64")
     add("--plot", type=Path, metavar="FILE.png", help="default adding_problem_STEPS.png")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("steps", "hidden", "batch", "updates", "every"):
+        if getattr(options, name) < (least := 2 if name == "steps" else 1):
+            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    options.plot = options.plot or Path(f"adding_problem_{options.steps}.png")
+    if not options.plot.parent.is_dir():
+        parser.error(f"--plot: there is no folder {options.plot.parent}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -240,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     for name, result in results.items():
         update, error = result["errors"][-1]
         print(f"{name}: mean squared error {error:.4f} after {update} updates; the answer 1 has {BASELINE:.4f}")
-    plot(results, T, options.plot or Path(f"adding_problem_{T}.png"))
+    plot(results, T, options.plot)
     return results
 
 

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (OSError, ValueError, TypeError, ImportError, MemoryError) as error:
+    except (OSError, ValueError, TypeError, ImportError, MemoryError, RuntimeError) as error:
         print(f"fastlstm: {_one_line(error)}", file=sys.stderr)
         return 2
 

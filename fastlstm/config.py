@@ -131,7 +131,8 @@ def warmup(dtypes: Iterable[DTypeLike] = ("float32",), training: bool = False) -
     from fastlstm.model import Linear
 
     check_flag("training", training)
-    for dtype in list(map(float_dtype, [dtypes] if isinstance(dtypes, (str, type, np.dtype)) else dtypes)):
+    several = isinstance(dtypes, Iterable) and not isinstance(dtypes, (str, type))
+    for dtype in list(map(float_dtype, dtypes if several else [dtypes])):
         # Large enough for more than one thread; the layers have a projection, so that its kernel runs too.
         lstm = LSTM(64, 128, num_layers=2, proj_size=64, dtype=dtype, rng=0)
         x = np.zeros((16, 192, 64), dtype)

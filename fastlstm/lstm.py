@@ -583,7 +583,7 @@ class Stream:
             else:
                 chosen = as_indices("rows", rows).reshape(-1)
                 if chosen.size and not (-self._batch_size <= chosen.min() and chosen.max() < self._batch_size):
-                    raise ValueError(f"`rows` must be from 0 to N - 1 = {self._batch_size - 1}, got {rows}")
+                    raise ValueError(f"`rows` must be from -N to N - 1 = {self._batch_size - 1}, got {rows}")
         with self._lock:
             h, c = self._runner.state()
             h[:, chosen] = 0

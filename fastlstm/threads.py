@@ -6,12 +6,17 @@ import math
 import os
 import sys
 import threading
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
 from fastlstm.checks import as_size
 
-__all__ = ["get_num_threads", "set_num_threads"]
+__all__ = ["Pace", "Paces", "get_num_threads", "set_num_threads"]
+
+SHORTEST_REST, LONGEST_REST = 50_000_000, 1_000_000_000  # ns without parallel regions
+MEMORY = 8  # regions whose times are remembered: one that is late on a quiet machine does not count for much
+KEPT_PACES = 64
 
 _in_forked_child = False
 _threads: int | None = None
@@ -68,8 +73,10 @@ def get_num_threads() -> int:
     global _threads
     if _threads is None:
         wanted = os.environ.get("FASTLSTM_NUM_THREADS", "")
-        count = int(wanted) if wanted.isascii() and wanted.isdigit() and int(wanted) > 0 else _available()
-        _threads = min(count, _pool_size())
+        fits = wanted.isascii() and wanted.isdigit() and int(wanted) > 0
+        if wanted and not fits:
+            warnings.warn(f"FASTLSTM_NUM_THREADS must be 1 or more, got {wanted!r}; it is ignored", stacklevel=2)
+        _threads = min(int(wanted) if fits else _available(), _pool_size())
     return _threads
 
 
@@ -100,3 +107,48 @@ def set_num_threads(n: int) -> None:
     """
     global _threads
     _threads = min(as_size("n", n, most=sys.maxsize), _pool_size())
+
+
+class Pace:
+    """How fast runs that are alike go, alone and in a parallel region: whether regions are worth waiting for.
+
+    A region ends with its last thread. Where other programs keep the CPUs busy, that one may get its turn after some
+    milliseconds, when the caller could have done all the work in a fraction of one. So the second of short runs goes
+    alone, to know how long that takes; and where regions have lately taken longer, runs go on alone for a while: for
+    SHORTEST_REST, and twice as long as before if it is no better soon after. Callers that share a pace need no lock:
+    what one of them overwrites does no harm.
+    """
+
+    def __init__(self) -> None:
+        self._alone = self._together = self._lately = 0.0  # ns for each unit of work: at best, at best, and the mean
+        self._compare = False  # whether the next run should go alone
+        self._rest = self._rest_end = 0
+
+    def allows_region(self, now: int) -> bool:
+        """Return whether the run that begins now (in ns) may use a region."""
+        return now >= self._rest_end and not self._compare
+
+    def note_alone(self, took: int, work: int) -> None:
+        """Take note of a run on the caller's thread, in ns."""
+        self._compare, self._alone = False, min(took / work, self._alone or took / work)
+
+    def note_region(self, took: int, work: int, now: int) -> None:
+        """Take note of a region that ended now."""
+        self._compare = not self._alone and took < SHORTEST_REST
+        pace = took / work
+        if pace < self._together or not self._together:
+            self._together = self._lately = pace
+        self._lately += (pace - self._lately) / MEMORY
+        if self._alone and self._lately > self._alone:
+            again = now < self._rest_end + self._rest
+            self._rest = min(2 * self._rest, LONGEST_REST) if again else SHORTEST_REST
+            self._rest_end, self._lately = now + self._rest, self._together
+
+
+class Paces(dict[tuple[int, ...], Pace]):
+    """The pace of each kind of runs, made when it is first asked for."""
+
+    def __missing__(self, kind: tuple[int, ...]) -> Pace:
+        if len(self) >= KEPT_PACES:
+            self.clear()
+        return self.setdefault(kind, Pace())

@@ -157,6 +157,11 @@ MISTAKES = {
     "bench model": (["bench", "absent.safetensors"], "absent.safetensors: No such file or directory"),
     "bench regime": (["bench", "--regime", "fast"], "no regime 'fast'"),
     "bench threads": (["bench", "--threads", "many"], "1 or more, or `all`, got 'many'"),
+    "bench batch alone": (["bench", "-N", "2"], "-N is for a MODEL"),
+    "bench steps alone": (["bench", "-T", "2"], "-T is for a MODEL"),
+    "bench model and cases": (["bench", "model.safetensors", "--cases", "vad"], "--cases chooses other sizes than"),
+    "bench memory": (["bench", "--memory", "b512"], "--memory is for --mode train"),
+    "run a pipe": (["run", "model.safetensors", "pipe.npy", "-o", "y.npy"], "pipe.npy: not a regular file"),
     "bench batch": (["bench", "model.safetensors", "-N", "0"], "a case needs sizes of 1 or more"),
 }
 
@@ -165,6 +170,10 @@ MISTAKES = {
 def test_a_mistake_gets_one_line(folder, capsys, name):
     if name in ("demo", "demo format"):
         pytest.importorskip("matplotlib")
+    if name == "run a pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("no pipes with a name")
+        os.mkfifo("pipe.npy")
     os.mkdir("folder.npy")
     np.save("z.npy", random((4, 3), complex))
     np.save("flat.npy", random(12))

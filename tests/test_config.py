@@ -85,12 +85,33 @@ def test_warmup_takes_dtypes(dtypes):
     [
         ({"dtypes": ["float16"]}, ValueError, "`dtype` must be float32 or float64, got float16"),
         ({"dtypes": "float31"}, TypeError, "`dtype` must be float32 or float64, got 'float31'"),
+        ({"dtypes": 3}, TypeError, "`dtype` must be float32 or float64, got 3"),
         ({"training": 1}, TypeError, "`training` must be True or False"),
     ],
 )
 def test_warmup_refuses_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         fastlstm.warmup(**arguments)
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "two", "1.5"])
+def test_an_environment_that_makes_no_sense_is_told(value, monkeypatch):
+    monkeypatch.setattr(fastlstm.threads, "_threads", None)
+    monkeypatch.setenv("FASTLSTM_NUM_THREADS", value)
+    with pytest.warns(UserWarning, match=f"FASTLSTM_NUM_THREADS must be 1 or more, got '{value}'"):
+        assert fastlstm.get_num_threads() >= 1
+    monkeypatch.undo()
+
+
+def test_without_numbas_compiler_there_is_one_line():
+    code = """
+import fastlstm
+try:
+    fastlstm.LSTM(3, 5)([[[1.0, 2.0, 3.0]]])
+except RuntimeError as error:
+    print(error)
+"""
+    assert run_python(code, NUMBA_DISABLE_JIT="1").startswith("NUMBA_DISABLE_JIT turns off the compiler")
 
 
 def test_import_takes_nothing_heavy_along():

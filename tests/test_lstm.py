@@ -391,6 +391,7 @@ BAD_X: list[tuple[Any, Any, str]] = [
     (np.float32(1), ValueError, "`x`"),
     (np.ones((7, 5, 3, 1)), ValueError, "`x`"),
     (np.ones((7, 5, 0)), ValueError, "`x`"),
+    (None, TypeError, "`x` must be an array of numbers, got NoneType"),
     (X.astype(complex), TypeError, "`x` must be of a dtype that casts to float32"),
     (X.astype(object), TypeError, "`x`"),
     (X.astype(str), TypeError, "`x`"),
@@ -490,7 +491,7 @@ BAD_LAYERS: list[tuple[dict[str, Any], Any, str]] = [
     *[({"dtype": value}, ValueError, "`dtype`") for value in (np.float16, int, complex, "O", "U3", np.longdouble)],
     *[({"dtype": value}, TypeError, "`dtype`") for value in ("float31", 3, None)],
     ({"rng": -1}, ValueError, "`rng`"),
-    *[({"rng": value}, TypeError, "`rng`") for value in (1.5, "seed", np.random.RandomState(0))],
+    *[({"rng": value}, TypeError, "`rng` must be an integer or") for value in (1.5, "seed", np.random.RandomState(0))],
 ]  # fmt: skip
 
 
@@ -549,7 +550,7 @@ BAD_STREAMS: list[tuple[Callable[[Any], Any], Any, str]] = [
     (lambda s: setattr(s, "state", (np.zeros((2, 2, 19)),)), ValueError, "`state`"),
     (lambda s: setattr(s, "state", (np.zeros((2, 1, 19)), np.zeros((2, 2, 19)))), ValueError, "`state`: h_0"),
     (lambda s: setattr(s, "state", 5), TypeError, "`state`"),
-    (lambda s: s.reset([2]), ValueError, "`rows` must be from 0 to N - 1 = 1"),
+    (lambda s: s.reset([2]), ValueError, "`rows` must be from -N to N - 1 = 1"),
     (lambda s: s.reset([-3]), ValueError, "`rows`"),
     (lambda s: s.reset([True]), ValueError, "`rows` must have shape (2,), got (1,)"),
     (lambda s: s.reset([0.0]), TypeError, "`rows`"),

@@ -19,15 +19,17 @@ from .worker import ENGINES
 
 __all__ = ["add_options", "run"]
 
+MEMORY_CASE = "b512"
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a comparison to a parser."""
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="model file whose LSTM layers to run instead of the standard sizes")
-    add("-N", "--batch", type=int, default=1, metavar="N", help="batch for MODEL (default 1)")
-    add("-T", "--steps", type=int, default=100, metavar="T", help="steps for MODEL (default 100)")
+    add("-N", "--batch", type=int, metavar="N", help="batch for MODEL (default 1)")
+    add("-T", "--steps", type=int, metavar="T", help="steps for MODEL (default 100)")
     add("--threads", default="1,all", help="numbers of threads, `all` for the CPUs there are (default %(default)s)")
-    add("--regime", default="all", help=f"{', '.join(REGIMES)}, language in mode train, or all (default); with commas")
+    add("--regime", help=f"{', '.join(REGIMES)}, language in mode train, or all (default); with commas")
     add("--cases", default="", metavar="NAMES", help="cases of the standard table by name, with commas")
     add("--shape", action="append", default=[], metavar="I,H,L,D,N,T", help="another size; may be given again")
     add("--dtype", choices=("float32", "float64"), default="float32", help="default %(default)s")
@@ -37,9 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--mode", choices=MODES, default="infer", help="train times a forward and a backward pass (default %(default)s)"
     )
-    add(
-        "--memory", default="b512", metavar="NAMES", help="cases whose memory mode train measures (default %(default)s)"
-    )
+    add("--memory", metavar="NAMES", help=f"cases whose memory mode train measures (default {MEMORY_CASE})")
     add("--json", type=Path, metavar="FILE", help="write the results there")
     add(
         "--readme",
@@ -78,6 +78,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     for path in filter(None, (options.json, options.readme, options.chart)):  # before what takes minutes
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    _check_together(options)
     if options.from_json is None:
         result = compare(
             _problems(options),
@@ -102,6 +103,20 @@ def run(options: argparse.Namespace, command: str) -> int:
     return 1 if result["failures"] else 0
 
 
+def _check_together(options: argparse.Namespace) -> None:
+    """Raise if an option is given that another makes meaningless."""
+    without_model = {"-N": options.batch, "-T": options.steps}
+    with_model = {"--regime": options.regime, "--cases": options.cases, "--shape": options.shape}
+    given = next((name for name, value in without_model.items() if value is not None), None)
+    if options.model is None and given:
+        raise ValueError(f"{given} is for a MODEL")
+    given = next((name for name, value in with_model.items() if value), None)
+    if options.model is not None and given:
+        raise ValueError(f"{given} chooses other sizes than those of MODEL")
+    if options.memory is not None and options.mode != "train":
+        raise ValueError("--memory is for --mode train")
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -115,8 +130,10 @@ def _thread_count(text: str) -> int:
 
 
 def _memory_cases(options: argparse.Namespace) -> list[str]:
-    names = _names(options.memory)
-    if options.mode != "train" or not names:
+    if options.mode != "train":
+        return []
+    names = _names(MEMORY_CASE if options.memory is None else options.memory)
+    if not names:
         return []
     return [case.name for case in select(names=names, mode="train")]
 
@@ -126,13 +143,15 @@ def _problems(options: argparse.Namespace) -> list[Problem]:
         import fastlstm
 
         model = fastlstm.load(options.model)
-        return problems_of_model(model, options.batch, options.steps, options.lengths, options.mode)
+        N, T = (given if given is not None else usual for given, usual in ((options.batch, 1), (options.steps, 100)))
+        return problems_of_model(model, N, T, options.lengths, options.mode)
     extra = [parse_case(text) for text in options.shape]
     names = _names(options.cases)
     # Sizes given alone are run alone; with cases or regimes they come on top of these.
     table: list[Case] = []
-    if not extra or names or options.regime != "all":
-        table = select(_names(options.regime), names, options.mode)
+    regime = options.regime or "all"
+    if not extra or names or regime != "all":
+        table = select(_names(regime), names, options.mode)
     if options.lengths != "full" and not names:
         table = [case for case in table if not isinstance(case, LanguageCase)]  # which have none
     return [make_problem(case, np.dtype(options.dtype), options.lengths, options.mode) for case in (*table, *extra)]

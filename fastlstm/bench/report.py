@@ -67,7 +67,8 @@ def terminal(result: Result) -> str:
             right = [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
             lines.append("  ".join([*left, *right]).rstrip())
         parts.append("\n".join([_threads_text(threads), *lines]))
-    return "\n\n".join([*parts, _losses(result).replace("**", ""), *_memory(result), *_notes(result)])
+    text = "\n\n".join([*parts, _losses(result).replace("**", ""), *_memory(result), *_notes(result)])
+    return text.replace("µ", "u")  # a terminal may have nothing but ASCII
 
 
 def write_readme(result: Result, path: Path) -> None:

@@ -41,8 +41,8 @@ def read_sequence(path: str | os.PathLike[str]) -> StoredSequence:
     ----------
     path : str or path-like
         A .npy file; a .csv file in UTF-8 with a step a line, numbers separated by commas, and maybe a line of headings
-        first; or a .wav file (PCM of 8, 16, 24 or 32 bits, or float), whose channels are the features and whose PCM
-        samples become numbers from -1 to 1.
+        first, none of which is a number; or a .wav file (PCM of 8, 16, 24 or 32 bits, or float), whose channels are the
+        features and whose PCM samples become numbers from -1 to 1.
 
     Returns
     -------
@@ -59,6 +59,8 @@ def read_sequence(path: str | os.PathLike[str]) -> StoredSequence:
     reader = {".npy": _read_npy, ".csv": _read_csv, ".wav": _read_wav}.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: the input must be a .npy, .csv or .wav file")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: not a regular file")  # a pipe would be waited for
     with path.open("rb"):  # so that what cannot be opened is told as Python tells it
         pass
     try:

@@ -135,8 +135,14 @@ def unique(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _require_compiler() -> None:
+    if numba.config.DISABLE_JIT:
+        raise RuntimeError("NUMBA_DISABLE_JIT turns off the compiler that fastlstm needs; unset it")
+
+
 @functools.cache
 def _entry(describe: Description, dtype: np.dtype[Any] | None, *options: str) -> tuple[int, Any]:
+    _require_compiler()
     path = _file("-".join([describe.__name__, str(dtype), *options]))
     cached = None if path is None else _load(path)
     if cached is None:
@@ -206,6 +212,7 @@ class _RegionCache(FunctionCache):
 
 @functools.cache
 def _region(function: Callable[..., Any], signature: Any) -> Any:
+    _require_compiler()
     dispatcher = numba.njit(function, nogil=True, parallel=True, error_model="numpy")
     folder = cache_folder()
     if folder is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -111,18 +112,32 @@ class Prepared:
         The team's, which start at zero.
     ranks : int
         Threads.
+    pace : Pace, optional
+        Of all plans like this one.
+    work : int, default 1
+        In the pace's unit.
     """
 
-    def __init__(self, numbers: Iterable[int], counters: Array, ranks: int) -> None:
+    def __init__(
+        self, numbers: Iterable[int], counters: Array, ranks: int, pace: threads.Pace | None = None, work: int = 1
+    ) -> None:
         self.plan = np.array(list(numbers), np.int64)
         self._counters, self._ranks = counters, ranks
+        self._pace, self._work = pace or threads.Pace(), max(1, work)
         self.run_serial = bind(self.plan)
 
     def run(self, *arrays: Array | None) -> None:
         """Run the plan with the addresses of these arrays, 0 for None, in a parallel region or on this thread."""
-        if self._ranks > 1:
-            self._counters[:] = 0
+        if self._ranks == 1:
+            self.run_serial(*arrays)
+            return
+        begun = time.perf_counter_ns()
+        self._counters[:] = 0
+        if self._pace.allows_region(begun):
             self.plan[FIRST : FIRST + len(arrays)] = [address(array) for array in arrays]
             if run_region(self.plan, self._ranks):
+                now = time.perf_counter_ns()
+                self._pace.note_region(now - begun, self._work, now)
                 return
         self.run_serial(*arrays)
+        self._pace.note_alone(time.perf_counter_ns() - begun, self._work)

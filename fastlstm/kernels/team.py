@@ -258,11 +258,11 @@ def phase_part(plan_type, state_type, run_share):
             share = attempt
             if q.shares > 1:
                 share = (q.rank + attempt) % q.shares
-                if attempt > 0 and is_done(p.counters, share, q.phase, 0 if q.impatient else SPINS_BEFORE_STEAL):
+                done = attempt > 0 and is_done(p.counters, share, q.phase, 0 if q.impatient else SPINS_BEFORE_STEAL)
+                if done or not claim(p.counters, share, q.phase):
+                    q.impatient = 0  # another thread is there
                     continue
-                q.impatient = int(attempt > 0)
-                if not claim(p.counters, share, q.phase):
-                    continue
+                q.impatient = int(attempt > 0 or q.impatient)
             run_share(p, q, share)
             if q.shares > 1:
                 finish(p.counters, share, q.phase)

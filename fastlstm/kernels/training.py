@@ -101,6 +101,7 @@ class Direction:
         self.ramp_i, self.ramp_p, self.ramp_h = ramp * self.I, ramp * self.P, ramp[: self.P] * self.H
         self._chunk_rows = _chunk_rows(J * (self.I + self.P) * self.dtype.itemsize)
         self._idle: dict[tuple[Any, ...], BackwardSpace] = {}
+        self._paces = threads.Paces()
         self._strategies: dict[tuple[int, int, int], Strategy] = {}
         self._spare = Spare(KEPT_ROOM)  # of tapes
         self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, [suffix], reverse, natural=True)
@@ -186,7 +187,8 @@ class Direction:
             **dict(zip(("w_ih", "w_hh", "w_hr"), self.network.natural_offsets, strict=False)),
             "ramp_p": address(self.ramp_p), "ramp_h": address(self.ramp_h),
         }  # fmt: skip
-        return BackwardSpace(plan, parts, ranks, most, (GATES * H, I), self.dtype, self.ramp_i)
+        pace = self._paces[N, ranks, int(units_apart)]
+        return BackwardSpace(plan, parts, ranks, most, (GATES * H, I), self.dtype, self.ramp_i, pace)
 
 
 def _padded(columns: int, dtype: np.dtype[Any]) -> int:
@@ -203,7 +205,7 @@ class BackwardSpace(Prepared):
 
     def __init__(
         self, plan: dict[str, int], parts: dict[str, int], ranks: int, most: int, shape: tuple[int, int],
-        dtype: np.dtype[Any], ramp: Array,
+        dtype: np.dtype[Any], ramp: Array, pace: threads.Pace | None = None,
     ) -> None:  # fmt: skip
         J, I = shape
         scratch_rank = LINE * -(-(TABLES_AT + TABLES * plan["N"] * 8) // LINE)
@@ -229,7 +231,8 @@ class BackwardSpace(Prepared):
         values |= plan | {name: base + offset for name, offset in offsets.items()}
         self._laid_out: tuple[Any, ...] = ()
         self._kept = ramp
-        super().__init__(values.values(), self.buffer[offsets["counters"] :][: parts["counters"]], ranks)
+        counters = self.buffer[offsets["counters"] :][: parts["counters"]]
+        super().__init__(values.values(), counters, ranks, pace, plan["T"])
 
     def lay_out(self, arrays: Sequence[Array | None], add_x: bool, add_w: bool) -> None:
         """Write to the plan how x, out, d_out, d_x and reset lie, and whether to add to what is in d_x and the d_w."""
