@@ -14,8 +14,8 @@ from fastlstm.checks import as_size
 
 __all__ = ["Pace", "Paces", "get_num_threads", "set_num_threads"]
 
-SHORTEST_REST, LONGEST_REST = 50_000_000, 1_000_000_000  # ns without parallel regions
-MEMORY = 8  # regions whose times are remembered: one that is late on a quiet machine does not count for much
+LOSS = 20_000_000  # ns; a thread that was asleep or a stray interrupt costs some milliseconds on a quiet machine too
+SHORTEST_REST, LONGEST_REST = 100_000_000, 2_000_000_000  # ns without parallel regions
 KEPT_PACES = 64
 
 _in_forked_child = False
@@ -110,18 +110,19 @@ def set_num_threads(n: int) -> None:
 
 
 class Pace:
-    """How fast runs that are alike go, alone and in a parallel region: whether regions are worth waiting for.
+    """Whether parallel regions gain anything in runs that are alike, beside what they cost where CPUs are busy.
 
     A region ends with its last thread. Where other programs keep the CPUs busy, that one may get its turn after some
     milliseconds, when the caller could have done all the work in a fraction of one. So the second of short runs goes
-    alone, to know how long that takes; and where regions have lately taken longer, runs go on alone for a while: for
+    alone, to know how long that takes; and when regions have lost LOSS against it, runs go on alone for a while: for
     SHORTEST_REST, and twice as long as before if it is no better soon after. Callers that share a pace need no lock:
     what one of them overwrites does no harm.
     """
 
     def __init__(self) -> None:
-        self._alone = self._together = self._lately = 0.0  # ns for each unit of work: at best, at best, and the mean
+        self._alone = 0.0  # ns for each unit of work, at best; 0: not known
         self._compare = False  # whether the next run should go alone
+        self._lost = 0.0  # ns, less what was gained since
         self._rest = self._rest_end = 0
 
     def allows_region(self, now: int) -> bool:
@@ -135,14 +136,12 @@ class Pace:
     def note_region(self, took: int, work: int, now: int) -> None:
         """Take note of a region that ended now."""
         self._compare = not self._alone and took < SHORTEST_REST
-        pace = took / work
-        if pace < self._together or not self._together:
-            self._together = self._lately = pace
-        self._lately += (pace - self._lately) / MEMORY
-        if self._alone and self._lately > self._alone:
+        if self._alone:
+            self._lost = max(0.0, self._lost + took - self._alone * work)
+        if self._lost > LOSS:
             again = now < self._rest_end + self._rest
             self._rest = min(2 * self._rest, LONGEST_REST) if again else SHORTEST_REST
-            self._rest_end, self._lately = now + self._rest, self._together
+            self._rest_end, self._lost = now + self._rest, 0.0
 
 
 class Paces(dict[tuple[int, ...], Pace]):
