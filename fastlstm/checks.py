@@ -64,9 +64,11 @@ def as_generator(rng: object) -> np.random.Generator:
     """Return a generator of random numbers from itself, a seed or None."""
     if isinstance(rng, np.random.Generator):
         return rng
-    if rng is not None and not hasattr(rng, "__index__"):
-        raise TypeError(f"`rng` must be an integer or a numpy.random.Generator, got {type(rng).__name__}")
-    return np.random.default_rng(None if rng is None else as_size("rng", rng, least=0, most=1 << 256))
+    try:
+        return np.random.default_rng(None if rng is None else as_size("rng", rng, least=0, most=1 << 256))
+    except TypeError:
+        kind = type(rng).__name__
+        raise TypeError(f"`rng` must be an integer or a numpy.random.Generator, got {kind}") from None
 
 
 def check_flag(name: str, value: object) -> bool:
@@ -113,7 +115,7 @@ def as_array(name: str, value: object, dtype: np.dtype[Any]) -> Array:
     if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
         return array  # 0.2 us where the rest takes 1.4
     if array.dtype == np.object_:
-        raise TypeError(f"`{name}` must be an array of numbers, got {type(value).__name__} of dtype object")
+        raise TypeError(f"`{name}` must be an array of numbers, got {type(value).__name__}")
     if array.dtype != dtype and not np.can_cast(array.dtype, dtype, "same_kind"):
         raise TypeError(f"`{name}` must be of a dtype that casts to {dtype} ('same_kind'), got {array.dtype}")
     with np.errstate(over="ignore"):  # a float64 beyond float32 is infinity, as everywhere in NumPy

@@ -25,6 +25,7 @@ import fastlstm
 from fastlstm.bench import command as bench_command
 from fastlstm.io.files import replacing
 from fastlstm.io.sequences import OUTPUT_SUFFIXES, read_sequence, write_head, write_piece
+from fastlstm.kernels.compile import NoCompilerError, cache_folder
 
 if TYPE_CHECKING:
     from fastlstm.demo import DemoResult
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (OSError, ValueError, TypeError, ImportError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, ImportError, MemoryError, NoCompilerError) as error:
         print(f"fastlstm: {_one_line(error)}", file=sys.stderr)
         return 2
 
@@ -116,8 +117,6 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _warmup(options: argparse.Namespace) -> int:
-    from fastlstm.kernels.compile import cache_folder
-
     start = time.perf_counter()
     fastlstm.warmup(options.dtype or ("float32",), options.training)
     print(f"ready after {time.perf_counter() - start:.1f} s, compile cache: {cache_folder() or 'none'}")

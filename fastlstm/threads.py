@@ -12,11 +12,11 @@ from pathlib import Path
 
 from fastlstm.checks import as_size
 
-__all__ = ["Pace", "Paces", "get_num_threads", "set_num_threads"]
+__all__ = ["Pace", "get_num_threads", "set_num_threads"]
 
+UNCOMPARED = 8  # regions; of a size that is asked for less often no run goes alone
 LOSS = 20_000_000  # ns; a thread that was asleep or a stray interrupt costs some milliseconds on a quiet machine too
 SHORTEST_REST, LONGEST_REST = 100_000_000, 2_000_000_000  # ns without parallel regions
-KEPT_PACES = 64
 
 _in_forked_child = False
 _threads: int | None = None
@@ -73,9 +73,9 @@ def get_num_threads() -> int:
     global _threads
     if _threads is None:
         wanted = os.environ.get("FASTLSTM_NUM_THREADS", "")
-        fits = wanted.isascii() and wanted.isdigit() and int(wanted) > 0
+        fits = wanted.isascii() and wanted.isdigit() and len(wanted) < 10 and int(wanted) > 0
         if wanted and not fits:
-            warnings.warn(f"FASTLSTM_NUM_THREADS must be 1 or more, got {wanted!r}; it is ignored", stacklevel=2)
+            warnings.warn(f"FASTLSTM_NUM_THREADS must be from 1 to 999999999, got {wanted[:40]!r}", stacklevel=2)
         _threads = min(int(wanted) if fits else _available(), _pool_size())
     return _threads
 
@@ -110,44 +110,35 @@ def set_num_threads(n: int) -> None:
 
 
 class Pace:
-    """Whether parallel regions gain anything in runs that are alike, beside what they cost where CPUs are busy.
+    """Whether parallel regions gain anything in runs of the same work, beside what they cost where CPUs are busy.
 
     A region ends with its last thread. Where other programs keep the CPUs busy, that one may get its turn after some
-    milliseconds, when the caller could have done all the work in a fraction of one. So the second of short runs goes
-    alone, to know how long that takes; and when regions have lost LOSS against it, runs go on alone for a while: for
-    SHORTEST_REST, and twice as long as before if it is no better soon after. Callers that share a pace need no lock:
-    what one of them overwrites does no harm.
+    milliseconds, when the caller could have done all the work in a fraction of one. So after UNCOMPARED short regions a
+    run goes alone, to know how long that takes; and when regions have lost LOSS against it, runs go on alone for a
+    while: for SHORTEST_REST, and twice as long as before if it is no better soon after. What they take then is what the
+    next regions are measured by, so that a machine which has become slower is not mistaken for a busy one for long.
     """
 
     def __init__(self) -> None:
-        self._alone = 0.0  # ns for each unit of work, at best; 0: not known
-        self._compare = False  # whether the next run should go alone
-        self._lost = 0.0  # ns, less what was gained since
+        self._alone = 0  # ns, at best, since the last rest began; 0: not known
+        self._lost = 0  # ns, less what was gained since
+        self._regions, self._compare = 0, False  # how many there were; whether the next run should go alone
         self._rest = self._rest_end = 0
 
     def allows_region(self, now: int) -> bool:
         """Return whether the run that begins now (in ns) may use a region."""
         return now >= self._rest_end and not self._compare
 
-    def note_alone(self, took: int, work: int) -> None:
+    def note_alone(self, took: int) -> None:
         """Take note of a run on the caller's thread, in ns."""
-        self._compare, self._alone = False, min(took / work, self._alone or took / work)
+        self._compare, self._alone = False, min(took, self._alone or took)
 
-    def note_region(self, took: int, work: int, now: int) -> None:
+    def note_region(self, took: int, now: int) -> None:
         """Take note of a region that ended now."""
-        self._compare = not self._alone and took < SHORTEST_REST
-        if self._alone:
-            self._lost = max(0.0, self._lost + took - self._alone * work)
+        self._regions += 1
+        self._compare = self._regions >= UNCOMPARED and not self._alone and took < SHORTEST_REST
+        self._lost = max(0, self._lost + took - (self._alone or took))
         if self._lost > LOSS:
             again = now < self._rest_end + self._rest
             self._rest = min(2 * self._rest, LONGEST_REST) if again else SHORTEST_REST
-            self._rest_end, self._lost = now + self._rest, 0.0
-
-
-class Paces(dict[tuple[int, ...], Pace]):
-    """The pace of each kind of runs, made when it is first asked for."""
-
-    def __missing__(self, kind: tuple[int, ...]) -> Pace:
-        if len(self) >= KEPT_PACES:
-            self.clear()
-        return self.setdefault(kind, Pace())
+            self._rest_end, self._lost, self._alone = now + self._rest, 0, 0

@@ -94,11 +94,11 @@ def test_warmup_refuses_bad_arguments(arguments, error, message):
         fastlstm.warmup(**arguments)
 
 
-@pytest.mark.parametrize("value", ["0", "-3", "two", "1.5"])
+@pytest.mark.parametrize("value", ["0", "-3", "two", "1.5", "9" * 5000])
 def test_an_environment_that_makes_no_sense_is_told(value, monkeypatch):
     monkeypatch.setattr(fastlstm.threads, "_threads", None)
     monkeypatch.setenv("FASTLSTM_NUM_THREADS", value)
-    with pytest.warns(UserWarning, match=f"FASTLSTM_NUM_THREADS must be 1 or more, got '{value}'"):
+    with pytest.warns(UserWarning, match="FASTLSTM_NUM_THREADS must be from 1 to 999999999"):
         assert fastlstm.get_num_threads() >= 1
     monkeypatch.undo()
 

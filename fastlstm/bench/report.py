@@ -68,7 +68,7 @@ def terminal(result: Result) -> str:
             lines.append("  ".join([*left, *right]).rstrip())
         parts.append("\n".join([_threads_text(threads), *lines]))
     text = "\n\n".join([*parts, _losses(result).replace("**", ""), *_memory(result), *_notes(result)])
-    return text.replace("µ", "u")  # a terminal may have nothing but ASCII
+    return text.replace("µ", "u").replace("–", "-")  # a terminal may have nothing but ASCII
 
 
 def write_readme(result: Result, path: Path) -> None:

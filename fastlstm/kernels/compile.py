@@ -27,7 +27,7 @@ from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 
-__all__ = ["cache_folder", "entry", "parallel_region", "unique"]
+__all__ = ["NoCompilerError", "cache_folder", "entry", "parallel_region", "unique"]
 
 Description = Callable[..., tuple[Callable[..., Any], Any]]
 
@@ -135,9 +135,13 @@ def unique(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+class NoCompilerError(RuntimeError):
+    """Numba's compiler is turned off."""
+
+
 def _require_compiler() -> None:
     if numba.config.DISABLE_JIT:
-        raise RuntimeError("NUMBA_DISABLE_JIT turns off the compiler that fastlstm needs; unset it")
+        raise NoCompilerError("NUMBA_DISABLE_JIT turns off the compiler that fastlstm needs; unset it")
 
 
 @functools.cache

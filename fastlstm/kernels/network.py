@@ -114,7 +114,6 @@ class Network:
         self._zeros[:] = 0
         self._no_bias = np.zeros(GATES * sizes.H, dtype)
         self._idle: dict[tuple[Any, ...], Workspace] = {}  # of calls before, for calls like them
-        self.paces = threads.Paces()
         self._spare = Spare(KEPT_PANELS)
         matrices = ("weight_ih", "weight_hh", "weight_hr")[: 2 + self.projected]
         self._names = [(f"bias_ih{s}", f"bias_hh{s}", [name + s for name in matrices]) for s in suffixes]
@@ -242,8 +241,7 @@ class Network:
             values |= {name: stride // self.dtype.itemsize for name, stride in zip(names, strides, strict=True)}
             if reset is not None:
                 values |= {"reset_step": reset.strides[0], "reset_row": reset.strides[1]}
-            steps = T if lengths is None else -(-int(lengths.sum()) // N)
-            space = Workspace(self, N, T, how, saved is not None, values, steps)
+            space = Workspace(self, N, T, how, saved is not None, values)
         space.run(x, out, *state_out, *state_in, panels.array, saved)
         if plain and space.buffer.nbytes <= KEPT_SCRATCH:
             self._keep(key, space)
@@ -263,18 +261,14 @@ class Network:
 class Workspace(Prepared):
     """The scratch of a call and the plan that points into it; state in buffers of its own unless the plan has them."""
 
-    def __init__(
-        self, network: Network, N: int, T: int, how: Strategy, recorded: bool, values: dict[str, int], steps: int
-    ) -> None:
+    def __init__(self, network: Network, N: int, T: int, how: Strategy, recorded: bool, values: dict[str, int]) -> None:
         h_bytes, c_bytes = (0, 0) if "h" in values else network.state_bytes(N)
         scratch_bytes, offsets = network.scratch_bytes(N, T, how)
         self.buffer = aligned(h_bytes + c_bytes + scratch_bytes, np.dtype(np.uint8))
         base = address(self.buffer)
         own = {"h": base, "c": base + h_bytes} | values
-        numbers = network.plan(base + h_bytes + c_bytes, offsets, how, recorded, **own)
         counters = self.buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
-        pace = network.paces[N, how.ranks, how.shares, recorded]
-        super().__init__(numbers, counters, how.ranks, pace, steps)
+        super().__init__(network.plan(base + h_bytes + c_bytes, offsets, how, recorded, **own), counters, how.ranks)
 
 
 class StreamRunner:
@@ -302,7 +296,7 @@ class StreamRunner:
         self._c = self._c.reshape(s.L, N, network.cut.padded)
 
     def _workspace(self, T: int, how: Strategy) -> Workspace:
-        return Workspace(self.network, self.N, T, how, False, self._values | {"T": T}, T)
+        return Workspace(self.network, self.N, T, how, False, self._values | {"T": T})
 
     def stepper(self) -> Callable[[Array, Array], Array]:
         """Return a function that runs one step, x (N, I) -> out (N, P), and returns out."""

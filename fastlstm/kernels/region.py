@@ -112,18 +112,14 @@ class Prepared:
         The team's, which start at zero.
     ranks : int
         Threads.
-    pace : Pace, optional
-        Of all plans like this one.
-    work : int, default 1
-        In the pace's unit.
+    alike : bool, default True
+        Whether each run does the same work, so that their times can be compared.
     """
 
-    def __init__(
-        self, numbers: Iterable[int], counters: Array, ranks: int, pace: threads.Pace | None = None, work: int = 1
-    ) -> None:
+    def __init__(self, numbers: Iterable[int], counters: Array, ranks: int, alike: bool = True) -> None:
         self.plan = np.array(list(numbers), np.int64)
         self._counters, self._ranks = counters, ranks
-        self._pace, self._work = pace or threads.Pace(), max(1, work)
+        self._pace = threads.Pace() if alike else None
         self.run_serial = bind(self.plan)
 
     def run(self, *arrays: Array | None) -> None:
@@ -131,13 +127,15 @@ class Prepared:
         if self._ranks == 1:
             self.run_serial(*arrays)
             return
-        begun = time.perf_counter_ns()
+        begun, pace = time.perf_counter_ns(), self._pace
         self._counters[:] = 0
-        if self._pace.allows_region(begun):
+        if pace is None or pace.allows_region(begun):
             self.plan[FIRST : FIRST + len(arrays)] = [address(array) for array in arrays]
             if run_region(self.plan, self._ranks):
                 now = time.perf_counter_ns()
-                self._pace.note_region(now - begun, self._work, now)
+                if pace is not None:
+                    pace.note_region(now - begun, now)
                 return
         self.run_serial(*arrays)
-        self._pace.note_alone(time.perf_counter_ns() - begun, self._work)
+        if pace is not None:
+            pace.note_alone(time.perf_counter_ns() - begun)

@@ -249,7 +249,8 @@ def is_done(counters, share, phase, spins):
 def phase_part(plan_type, state_type, run_share):
     """Return a part that does what this thread gets of a phase, its own share first, and waits for the rest.
 
-    The plan has `counters`; the thread's state has `rank`, `shares`, `phase` and `impatient`.
+    The plan has `counters`; the thread's state has `rank`, `shares`, `phase` and `impatient`, a bit for each share
+    that nobody else did in the phase before, so that it is not waited for again.
     """
 
     @part(types.void, plan_type, state_type)
@@ -258,11 +259,14 @@ def phase_part(plan_type, state_type, run_share):
             share = attempt
             if q.shares > 1:
                 share = (q.rank + attempt) % q.shares
-                done = attempt > 0 and is_done(p.counters, share, q.phase, 0 if q.impatient else SPINS_BEFORE_STEAL)
+                missing = 1 << (share & 63)
+                spins = 0 if q.impatient & missing else SPINS_BEFORE_STEAL
+                done = attempt > 0 and is_done(p.counters, share, q.phase, spins)
                 if done or not claim(p.counters, share, q.phase):
-                    q.impatient = 0  # another thread is there
+                    q.impatient &= ~missing
                     continue
-                q.impatient = int(attempt > 0 or q.impatient)
+                if attempt > 0:
+                    q.impatient |= missing
             run_share(p, q, share)
             if q.shares > 1:
                 finish(p.counters, share, q.phase)

@@ -101,7 +101,6 @@ class Direction:
         self.ramp_i, self.ramp_p, self.ramp_h = ramp * self.I, ramp * self.P, ramp[: self.P] * self.H
         self._chunk_rows = _chunk_rows(J * (self.I + self.P) * self.dtype.itemsize)
         self._idle: dict[tuple[Any, ...], BackwardSpace] = {}
-        self._paces = threads.Paces()
         self._strategies: dict[tuple[int, int, int], Strategy] = {}
         self._spare = Spare(KEPT_ROOM)  # of tapes
         self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, [suffix], reverse, natural=True)
@@ -153,7 +152,7 @@ class Direction:
             slices = -(-N // self._chunk_rows)
         if slices > 1:
             groups = -(-how.groups // (slices * ranks)) * ranks
-        key = (T, N, slices, how.shares > 1, groups, ranks)
+        key = (T, N, slices, how.shares > 1, groups, ranks, rows.lengths is None)
         space = self._idle.pop(key, None) or self._space(*key)
         space.lay_out((x, out, d_out, d_x, rows.reset), add_x, add_w)
         space.run(
@@ -166,8 +165,10 @@ class Direction:
                 self._idle.clear()
             self._idle[key] = space
 
-    def _space(self, T: int, N: int, slices: int, units_apart: bool, groups: int, ranks: int) -> BackwardSpace:
-        """Return the scratch and the plan of a backward of so many steps and rows."""
+    def _space(
+        self, T: int, N: int, slices: int, units_apart: bool, groups: int, ranks: int, alike: bool
+    ) -> BackwardSpace:
+        """Return the scratch and the plan of a backward of so many steps and rows; `alike`: always of all of them."""
         I, P, H, size = self.I, self.P, self.H, self.dtype.itemsize
         chunk = self.chunk_steps(N)
         most = min(chunk, T) * -(-N // slices)
@@ -187,8 +188,7 @@ class Direction:
             **dict(zip(("w_ih", "w_hh", "w_hr"), self.network.natural_offsets, strict=False)),
             "ramp_p": address(self.ramp_p), "ramp_h": address(self.ramp_h),
         }  # fmt: skip
-        pace = self._paces[N, ranks, int(units_apart)]
-        return BackwardSpace(plan, parts, ranks, most, (GATES * H, I), self.dtype, self.ramp_i, pace)
+        return BackwardSpace(plan, parts, ranks, most, (GATES * H, I), self.dtype, self.ramp_i, alike)
 
 
 def _padded(columns: int, dtype: np.dtype[Any]) -> int:
@@ -205,7 +205,7 @@ class BackwardSpace(Prepared):
 
     def __init__(
         self, plan: dict[str, int], parts: dict[str, int], ranks: int, most: int, shape: tuple[int, int],
-        dtype: np.dtype[Any], ramp: Array, pace: threads.Pace | None = None,
+        dtype: np.dtype[Any], ramp: Array, alike: bool = True,
     ) -> None:  # fmt: skip
         J, I = shape
         scratch_rank = LINE * -(-(TABLES_AT + TABLES * plan["N"] * 8) // LINE)
@@ -231,8 +231,7 @@ class BackwardSpace(Prepared):
         values |= plan | {name: base + offset for name, offset in offsets.items()}
         self._laid_out: tuple[Any, ...] = ()
         self._kept = ramp
-        counters = self.buffer[offsets["counters"] :][: parts["counters"]]
-        super().__init__(values.values(), counters, ranks, pace, plan["T"])
+        super().__init__(values.values(), self.buffer[offsets["counters"] :][: parts["counters"]], ranks, alike)
 
     def lay_out(self, arrays: Sequence[Array | None], add_x: bool, add_w: bool) -> None:
         """Write to the plan how x, out, d_out, d_x and reset lie, and whether to add to what is in d_x and the d_w."""
