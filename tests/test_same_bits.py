@@ -223,6 +223,19 @@ def test_units_shared_out_for_every_remainder(case: Case) -> None:
 # Time: chunks, streams, lengths, resets
 
 
+@pytest.mark.parametrize("how", [None, (2, 1, 4, True, 1), (2, 2, 1, True, 4)], ids=str)
+def test_one_layer_takes_each_calls_own_lengths(how: tuple[int, int, int, bool, int] | None) -> None:
+    problem, rng = draw(Case(T=9, N=13, H=21, D=2)), np.random.default_rng(0)
+    with nullcontext() if how is None else forced(*how):
+        for _ in range(10):
+            for lengths in (rng.integers(0, 10, 13), None):
+                fresh = draw(problem.case)
+                assert_same_bits(problem.call(lengths=lengths), fresh.call(lengths=lengths))
+                if how is None:  # a record has its own
+                    tape, fresh_tape = (p.layer.record(p.x, p.state, lengths=lengths) for p in (problem, fresh))
+                    assert_same_bits(tape.output, fresh_tape.output)
+
+
 @pytest.mark.parametrize(
     "case", grid(Case(T=20, N=3, H=21), L=(1, 3), P=(0, 6), reset=(False, True), dtype=BOTH), **by_name
 )

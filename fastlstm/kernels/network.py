@@ -58,6 +58,7 @@ HOISTED_BYTES = 256 << 10  # of z for the steps of a chunk
 PAST_CACHES = 16 << 20  # bytes saved for the backward that no cache still has then: b512 gains 8% of its forward
 KEPT_WORKSPACES, KEPT_SCRATCH = 4, 2 << 20  # how many, and up to how many bytes each, outlive their call
 KEPT_PANELS = 1 << 30  # bytes of panels that outlive their weights
+ROWS = list(PLAN.names or ()).index("order")  # and behind it `lengths`
 
 
 class Sizes(NamedTuple):
@@ -226,14 +227,15 @@ class Network:
         length and those lengths.  reset : bool (T, N), any strides.  saved : (T, N, 5, H), rows in that order, written
         for the backward.  dealt : whether rows are dealt to the groups of `how` already.
         """
-        plain = lengths is None and reset is None
         threads_now = threads.get_num_threads()
-        key = (T, N, strides, threads_now, saved is None, how)
-        space = self._idle.pop(key, None) if plain else None
+        if order is not None and lengths is not None:
+            how = how or choose_strategy(self, N, T, threads_now, lengths)
+            if how.shares == 1 and how.groups > 1 and not dealt:
+                order, lengths = deal_rows(order, lengths, how.groups)
+        key = (T, N, strides, threads_now, saved is None, how, lengths is None)
+        space = self._idle.pop(key, None) if reset is None else None
         if space is None:
             how = how or choose_strategy(self, N, T, threads_now, lengths)
-            if order is not None and lengths is not None and how.shares == 1 and how.groups > 1 and not dealt:
-                order, lengths = deal_rows(order, lengths, how.groups)
             values = {
                 "T": T, "N": N, "order": address(order), "lengths": address(lengths), "reset": address(reset),
             }  # fmt: skip
@@ -241,9 +243,11 @@ class Network:
             values |= {name: stride // self.dtype.itemsize for name, stride in zip(names, strides, strict=True)}
             if reset is not None:
                 values |= {"reset_step": reset.strides[0], "reset_row": reset.strides[1]}
-            space = Workspace(self, N, T, how, saved is not None, values)
+            space = Workspace(self, N, T, how, saved is not None, values, lengths is None)
+        if lengths is not None:
+            space.plan[ROWS : ROWS + 2] = address(order), address(lengths)
         space.run(x, out, *state_out, *state_in, panels.array, saved)
-        if plain and space.buffer.nbytes <= KEPT_SCRATCH:
+        if reset is None and space.buffer.nbytes <= KEPT_SCRATCH:
             self._keep(key, space)
 
     def _keep(self, key: tuple[Any, ...], space: Workspace) -> None:
@@ -261,14 +265,18 @@ class Network:
 class Workspace(Prepared):
     """The scratch of a call and the plan that points into it; state in buffers of its own unless the plan has them."""
 
-    def __init__(self, network: Network, N: int, T: int, how: Strategy, recorded: bool, values: dict[str, int]) -> None:
+    def __init__(
+        self, network: Network, N: int, T: int, how: Strategy, recorded: bool, values: dict[str, int],
+        alike: bool = True,
+    ) -> None:  # fmt: skip
         h_bytes, c_bytes = (0, 0) if "h" in values else network.state_bytes(N)
         scratch_bytes, offsets = network.scratch_bytes(N, T, how)
         self.buffer = aligned(h_bytes + c_bytes + scratch_bytes, np.dtype(np.uint8))
         base = address(self.buffer)
         own = {"h": base, "c": base + h_bytes} | values
         counters = self.buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
-        super().__init__(network.plan(base + h_bytes + c_bytes, offsets, how, recorded, **own), counters, how.ranks)
+        numbers = network.plan(base + h_bytes + c_bytes, offsets, how, recorded, **own)
+        super().__init__(numbers, counters, how.ranks, alike)
 
 
 class StreamRunner:
