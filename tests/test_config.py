@@ -74,6 +74,20 @@ assert not new, new
     run_python(code, str(tmp_path), FASTLSTM_CACHE=str(tmp_path), NUMBA_NUM_THREADS="2")
 
 
+def test_a_first_call_with_a_warm_cache_loads_nothing_of_the_compiler(tmp_path):
+    code = """
+import sys
+import numpy as np
+import fastlstm
+fastlstm.LSTM(256, 256)(np.zeros((100, 1, 256)))
+import numba
+print(numba.threading_layer(), "numba.np.arraymath" in sys.modules)  # which imports SciPy, where there is one
+"""
+    variables = {"FASTLSTM_CACHE": str(tmp_path), "NUMBA_NUM_THREADS": "2", "FASTLSTM_NUM_THREADS": "2"}
+    found = [run_python(code, **variables).split()[1] for _ in range(2)]
+    assert found == ["True", "False"]
+
+
 @pytest.mark.parametrize("dtypes", ["float32", np.float32, np.dtype("float64"), ["f4", "f8"], (), iter(["f4"])])
 def test_warmup_takes_dtypes(dtypes):
     assert fastlstm.warmup(dtypes) is None
