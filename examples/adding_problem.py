@@ -221,8 +221,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--forget-only", action="store_true", help="bias the forget gates alone: learns later, best with --batch 64")
     add("--plot", type=Path, metavar="FILE.png", help="default adding_problem_STEPS.png")
     options = parser.parse_args(arguments)
-    for name in ("steps", "hidden", "batch", "updates", "every"):
-        if getattr(options, name) < (least := 2 if name == "steps" else 1):
+    for name, least in {"steps": 2, "hidden": 1, "batch": 1, "updates": 1, "every": 1}.items():
+        if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
     options.plot = options.plot or Path(f"adding_problem_{options.steps}.png")
     if not options.plot.parent.is_dir():

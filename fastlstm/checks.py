@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "NoCompilerError",
     "as_array",
     "as_bools",
     "as_generator",
@@ -25,6 +26,10 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+
+
+class NoCompilerError(RuntimeError):
+    """Numba's compiler is turned off."""
 
 
 def as_size(name: str, value: object, least: int = 1, most: int = 1 << 24) -> int:

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 import fastlstm
 from fastlstm.bench import command as bench_command
+from fastlstm.checks import NoCompilerError
 from fastlstm.io.files import replacing
 from fastlstm.io.sequences import OUTPUT_SUFFIXES, read_sequence, write_head, write_piece
-from fastlstm.kernels.compile import NoCompilerError, cache_folder
 
 if TYPE_CHECKING:
     from fastlstm.demo import DemoResult
@@ -117,6 +117,8 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _warmup(options: argparse.Namespace) -> int:
+    from fastlstm.kernels.compile import cache_folder
+
     start = time.perf_counter()
     fastlstm.warmup(options.dtype or ("float32",), options.training)
     print(f"ready after {time.perf_counter() - start:.1f} s, compile cache: {cache_folder() or 'none'}")

@@ -114,7 +114,6 @@ def test_an_environment_that_makes_no_sense_is_told(value, monkeypatch):
     monkeypatch.setenv("FASTLSTM_NUM_THREADS", value)
     with pytest.warns(UserWarning, match="FASTLSTM_NUM_THREADS must be from 1 to 999999999"):
         assert fastlstm.get_num_threads() >= 1
-    monkeypatch.undo()
 
 
 def test_without_numbas_compiler_there_is_one_line():
@@ -135,6 +134,11 @@ heavy = {"numba", "llvmlite", "torch", "safetensors", "argparse", "matplotlib", 
          "fastlstm.cli", "fastlstm.kernels", "fastlstm.reference"}
 print(sorted(heavy & sys.modules.keys()))
 """
+    assert run_python(code) == "[]\n"
+
+
+def test_the_command_line_starts_without_the_compiler():
+    code = "import sys, fastlstm.cli; print(sorted({'numba', 'torch', 'matplotlib'} & sys.modules.keys()))"
     assert run_python(code) == "[]\n"
 
 

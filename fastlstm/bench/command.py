@@ -133,9 +133,7 @@ def _memory_cases(options: argparse.Namespace) -> list[str]:
     if options.mode != "train":
         return []
     names = _names(MEMORY_CASE if options.memory is None else options.memory)
-    if not names:
-        return []
-    return [case.name for case in select(names=names, mode="train")]
+    return [case.name for case in select(names=names, mode="train")] if names else []
 
 
 def _problems(options: argparse.Namespace) -> list[Problem]:
@@ -143,7 +141,8 @@ def _problems(options: argparse.Namespace) -> list[Problem]:
         import fastlstm
 
         model = fastlstm.load(options.model)
-        N, T = (given if given is not None else usual for given, usual in ((options.batch, 1), (options.steps, 100)))
+        N = 1 if options.batch is None else options.batch
+        T = 100 if options.steps is None else options.steps
         return problems_of_model(model, N, T, options.lengths, options.mode)
     extra = [parse_case(text) for text in options.shape]
     names = _names(options.cases)

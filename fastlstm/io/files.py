@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Files: one that can be read, and one that is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-__all__ = ["replacing"]
+__all__ = ["check_readable", "replacing"]
+
+
+def check_readable(path: str | os.PathLike[str]) -> None:
+    """Raise unless a file can be read: OSError as `open` would, ValueError for a pipe, which would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ValueError(f"{os.fspath(path)}: not a regular file")
+    with open(path, "rb"):
+        pass
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fastlstm.io.files import replacing
+from fastlstm.io.files import check_readable, replacing
 from fastlstm.io.pytorch import find_prefixes, from_torch, is_lstm_name
 from fastlstm.lstm import LSTM
 from fastlstm.model import Linear, Sequential
@@ -62,10 +62,7 @@ def load(path: str | os.PathLike[str]) -> LSTM | Sequential:
     LSTM(3, 5)
     """
     path = os.fsdecode(path)
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise ValueError(f"{path}: not a regular file")  # a pipe would be waited for
-    with open(path, "rb"):  # so that what cannot be opened is told as Python tells it
-        pass
+    check_readable(path)
     try:
         metadata, tensors = _read(path)
         if "fastlstm" in metadata:

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastlstm.io.files import check_readable
+
 __all__ = ["OUTPUT_SUFFIXES", "StoredSequence", "read_sequence", "write_head", "write_piece"]
 
 Array = NDArray[Any]
@@ -59,10 +61,7 @@ def read_sequence(path: str | os.PathLike[str]) -> StoredSequence:
     reader = {".npy": _read_npy, ".csv": _read_csv, ".wav": _read_wav}.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: the input must be a .npy, .csv or .wav file")
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise ValueError(f"{path}: not a regular file")  # a pipe would be waited for
-    with path.open("rb"):  # so that what cannot be opened is told as Python tells it
-        pass
+    check_readable(path)
     try:
         return reader(path)
     except ValueError as error:

@@ -27,7 +27,9 @@ from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 
-__all__ = ["NoCompilerError", "cache_folder", "entry", "parallel_region", "unique"]
+from fastlstm.checks import NoCompilerError
+
+__all__ = ["cache_folder", "entry", "parallel_region", "unique"]
 
 Description = Callable[..., tuple[Callable[..., Any], Any]]
 
@@ -133,10 +135,6 @@ def unique(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     function.__qualname__ += f"_{_suffix}"
     return function
-
-
-class NoCompilerError(RuntimeError):
-    """Numba's compiler is turned off."""
 
 
 def _require_compiler() -> None:

@@ -243,8 +243,8 @@ class Network:
             values |= {name: stride // self.dtype.itemsize for name, stride in zip(names, strides, strict=True)}
             if reset is not None:
                 values |= {"reset_step": reset.strides[0], "reset_row": reset.strides[1]}
-            space = Workspace(self, N, T, how, saved is not None, values, lengths is None)
-        if lengths is not None:
+            space = Workspace(self, N, T, how, saved is not None, values)
+        elif lengths is not None:
             space.plan[ROWS : ROWS + 2] = address(order), address(lengths)
         space.run(x, out, *state_out, *state_in, panels.array, saved)
         if reset is None and space.buffer.nbytes <= KEPT_SCRATCH:
@@ -265,10 +265,7 @@ class Network:
 class Workspace(Prepared):
     """The scratch of a call and the plan that points into it; state in buffers of its own unless the plan has them."""
 
-    def __init__(
-        self, network: Network, N: int, T: int, how: Strategy, recorded: bool, values: dict[str, int],
-        alike: bool = True,
-    ) -> None:  # fmt: skip
+    def __init__(self, network: Network, N: int, T: int, how: Strategy, recorded: bool, values: dict[str, int]) -> None:
         h_bytes, c_bytes = (0, 0) if "h" in values else network.state_bytes(N)
         scratch_bytes, offsets = network.scratch_bytes(N, T, how)
         self.buffer = aligned(h_bytes + c_bytes + scratch_bytes, np.dtype(np.uint8))
@@ -276,7 +273,7 @@ class Workspace(Prepared):
         own = {"h": base, "c": base + h_bytes} | values
         counters = self.buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
         numbers = network.plan(base + h_bytes + c_bytes, offsets, how, recorded, **own)
-        super().__init__(numbers, counters, how.ranks, alike)
+        super().__init__(numbers, counters, how.ranks, alike=not values.get("lengths"))
 
 
 class StreamRunner:
