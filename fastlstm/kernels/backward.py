@@ -32,7 +32,7 @@ from fastlstm.kernels.team import (
     record_at,
     set_integer,
 )
-from fastlstm.kernels.tile import FETCHING_ROWS, GATES, KEPT
+from fastlstm.kernels.tile import FETCHING_ROWS, GATES
 
 __all__ = ["DOWN_DEPTH", "PLAN", "STATE", "TABLES", "backward_kernel"]
 
@@ -44,7 +44,7 @@ PLAN = record(
     "kernel",
     # from here to `reset` the arrays of a call, in the order in which they are given
     "x", "out",  # (T, N, I), (T, N, P), the forward's input and output
-    "saved",  # (T, N, 5, H), of the forward
+    "saved",  # of the forward: the gates (T, N, 4H) and c' (T, N, H)
     "panels",  # of all weights
     "h_0", "c_0",  # (N, P), (N, H); 0: zeros
     "d_out",  # (T, N, P); 0: zeros
@@ -233,6 +233,11 @@ def backward_kernel(dtype: np.dtype):
             return False
         return byte_at(p.reset + at * p.reset_step + position(p, row) * p.reset_row) != 0
 
+    @part(i, plan_type, i, i)
+    def c_at(p, t, row):
+        """Return where the forward saved c' of a step."""
+        return p.saved + (GATES * p.T * p.N + t * p.N + row) * p.H * size
+
     @part(i, state_type, plan_type, i)
     def table(q, p, which):
         return p.scratch + q.rank * p.scratch_rank + TABLES_AT + which * p.N * 8
@@ -251,7 +256,7 @@ def backward_kernel(dtype: np.dtype):
             h, c = p.zeros, p.zeros
             if not cut and 0 <= before < length(p, row):
                 h = p.out + (before * p.out_step + n * p.out_row) * size
-                c = p.saved + ((before * p.N + row) * KEPT + KEPT - 1) * p.H * size
+                c = c_at(p, before, row)
             elif not cut:
                 h = p.h_0 + n * p.P * size if p.h_0 else p.zeros
                 c = p.c_0 + n * p.H * size if p.c_0 else p.zeros
@@ -269,8 +274,8 @@ def backward_kernel(dtype: np.dtype):
         """d_h = d_z W_hh for blocks of outputs, to the step before; what was cut gets nothing.
 
         Every other step takes the blocks in the opposite order: what it needs first is what the cache saw last.
-        Meanwhile what was saved for the cells to come goes to L2, if this thread takes all of them: of the step before,
-        whose c the next cells read; or of the next slice.
+        Meanwhile the gates of cells to come go to L2, if this thread takes all of them: of the step after the next, or
+        of the next slice.
         """
         t = time(p, q, q.j)
         d_h = p.d_h + row0 * p.P * size
@@ -281,9 +286,9 @@ def backward_kernel(dtype: np.dtype):
             if next_row + rows > p.N:
                 next_t, next_row = time(p, q, q.j + 1), row0 - q.first
         if rows >= FETCHING_ROWS and not p.units_apart and 0 <= next_t < p.T:
-            ahead = p.saved + (next_t * p.N + next_row) * KEPT * p.H * size
+            ahead = p.saved + (next_t * p.N + next_row) * GATES * p.H * size
             multiplications = (rows + most[0, widest] - 1) // most[0, widest] * count_blocks(p.P) * GATES * p.H
-            ahead_step = rows * KEPT * p.H // multiplications + 1
+            ahead_step = rows * GATES * p.H // multiplications + 1
         for nth in range(first, last):
             block = first + last - 1 - nth if q.j & 1 else nth
             ahead = along(
@@ -313,11 +318,15 @@ def backward_kernel(dtype: np.dtype):
         begin, end = columns_of(p.H, first, last)
         d_h, d_h_stride = p.d_h + row0 * p.P * size, p.P
         d_out, d_out_rows = p.d_out if p.d_out else p.zeros, table(q, p, D_OUT_ROWS)
+        back = 1 if p.reverse else -1
+        d_out_next, c_next = back * p.d_out_step, 2 * back * p.N * p.H
+        if p.slices > 1:
+            d_out_next, c_next = (q.last - q.first) * p.d_out_row, (back * p.N + q.last - q.first) * p.H
         if p.projected:  # d_m = d_h_out W_hr, into the buffer of m, which the cell replaces
             for r in range(rows):
                 set_integer(table(q, p, D_OUT_ROWS) + r * 8, 0)
                 set_integer(table(q, p, H_ROWS) + r * 8, (row0 + r) * p.H)
-            d_h, d_h_stride, d_out = p.d_m + row0 * p.H * size, p.H, p.zeros
+            d_h, d_h_stride, d_out, d_out_next = p.d_m + row0 * p.H * size, p.H, p.zeros, 0
             for block in range(first, last):
                 along(
                     p.multiply, p.d_h_out, table(q, p, DH_ROWS), rows, p.P, 1, p.panels + p.w_hr, p.H, block,
@@ -329,8 +338,9 @@ def backward_kernel(dtype: np.dtype):
         for r in range(rows):
             set_integer(table(q, p, C_ROWS) + r * 8, integer_at(table(q, p, C_ROWS) + r * 8) + begin * size)
         call_tile(p.cell, (
-            0, rows, end - begin, p.H, d_h + begin * size, d_h_stride, d_out, d_out_rows,
-            p.saved + ((t * p.N + row0) * KEPT * p.H + begin) * size, KEPT * p.H, table(q, p, C_ROWS),
+            0, rows, end - begin, p.H, d_h + begin * size, d_h_stride, d_out, d_out_rows, d_out_next,
+            p.saved + ((t * p.N + row0) * p.H + begin) * GATES * size, c_at(p, t, row0) + begin * size, c_next,
+            table(q, p, C_ROWS),
             d_c + begin * size, p.H, p.d_z + begin * size, table(q, p, Z_ROWS), p.m + begin * size, p.projected,
         ))  # fmt: skip
         if p.reset:

@@ -25,7 +25,7 @@ from numba import types
 from fastlstm.kernels.activations import tanh
 from fastlstm.kernels.panels import most_vectors
 from fastlstm.kernels.simd import I64, Builder, Pointer, Vec, fma, kernel, target
-from fastlstm.kernels.tile import FETCHING_ROWS, GATES, KEPT
+from fastlstm.kernels.tile import FETCHING_ROWS, GATES
 
 __all__ = [
     "LEFT",
@@ -200,20 +200,23 @@ def _ahead(b: Builder, table: ir.Value, row: ir.Value, rows: ir.Value) -> Pointe
 
 
 def _emit_cell(
-    b: Builder, _: object, rows, units, H, d_h, d_h_stride, d_out, d_out_rows, saved, saved_stride, c, d_c, d_c_stride,
-    d_z, d_z_rows, m, m_stride,
+    b: Builder, _: object, rows, units, H, d_h, d_h_stride, d_out, d_out_rows, d_out_next, gates, c_new, c_next, c,
+    d_c, d_c_stride, d_z, d_z_rows, m, m_stride,
 ) -> None:  # fmt: skip
     """Emit the gradient of the cell for `units` units of each row.
 
-    d_h : (rows, units), `d_h_stride` apart.  d_out : rows at `d_out_rows`, added to it.
-    saved : (rows, 5, H), i, f, g, o, c', `saved_stride` apart.  c : a table of the rows' addresses.
+    d_h : (rows, units), `d_h_stride` apart.  d_out : rows at `d_out_rows`, added to it; those of the next step lie
+    `d_out_next` numbers further and come to L2 meanwhile.
+    gates : (rows, 4H), i, f, g, o as the forward's tile leaves them.  c_new : (rows, H); what lies `c_next` numbers
+    further comes to L2 meanwhile.  c : a table of the rows' addresses.
     d_c : in/out (rows, units), `d_c_stride` apart.  d_z : out (4, H), rows at `d_z_rows`.
     m : out (rows, units), o * tanh(c'), rows at `d_z_rows` * m_stride / 4H; none where `m_stride` is 0.
     """
 
     def one_row(row: ir.Value, _: list[Vec]) -> list[Vec]:
         carried = b.pointer(d_h) + b.ir.mul(row, d_h_stride)
-        kept = b.pointer(saved) + b.ir.mul(row, saved_stride)
+        gates_at = b.pointer(gates) + b.ir.mul(row, b.ir.mul(H, I64(GATES)))
+        c_new_at = b.pointer(c_new) + b.ir.mul(row, H)
         d_c_at = b.pointer(d_c) + b.ir.mul(row, d_c_stride)
         (given,) = _table(b, b.pointer(d_out), d_out_rows, row, 1)
         (z_at,) = _table(b, b.pointer(d_z), d_z_rows, row, 1)
@@ -221,33 +224,48 @@ def _emit_cell(
         m_at = b.pointer(m) + b.ir.sdiv(z_offset, I64(GATES))
         c_at, c_ahead = _addressed(b, c, row), _ahead(b, c, row, rows)
 
-        def some_units(n: ir.Value, _: list[Vec]) -> list[Vec]:
-            unit = b.ir.mul(n, I64(b.lanes))
-            valid = b.ir.sub(units, unit)
+        def some_units(unit: ir.Value, valid: ir.Value | None) -> None:
+            """One register, of which `valid` units count; None: all."""
 
             def load(pointer: Pointer) -> Vec:
-                return (pointer + unit).load_first(b.lanes, valid)
+                return pointer.load(b.lanes) if valid is None else pointer.load_first(b.lanes, valid)
+
+            def store(pointer: Pointer, vec: Vec) -> None:
+                if valid is None:
+                    pointer.store(vec)
+                else:
+                    pointer.store_first(vec, valid)
 
             (c_ahead + unit).prefetch(near=True)
-            i, f, g, o, c_new = (load(kept + b.ir.mul(H, I64(which))) for which in range(KEPT))
-            d_m = load(carried) + load(given)
-            t = tanh(c_new).value()
-            d_cell = fma(d_m * o, 1.0 - t * t, load(d_c_at))
+            (given + d_out_next + unit).prefetch()  # ocr's backward gains a tenth
+            (c_new_at + c_next + unit).prefetch()
+            block, width = gates_at + b.ir.mul(unit, I64(GATES)), I64(b.lanes) if valid is None else valid
+            i, f, g, o = (load(block + b.ir.mul(width, I64(which))) for which in range(GATES))
+            d_m = load(carried + unit) + load(given + unit)
+            t = tanh(load(c_new_at + unit)).value()
+            d_cell = fma(d_m * o, 1.0 - t * t, load(d_c_at + unit))
             d_gates = [
                 d_cell * g * (i * (1.0 - i)),
-                d_cell * load(c_at) * (f * (1.0 - f)),
+                d_cell * load(c_at + unit) * (f * (1.0 - f)),
                 d_cell * i * (1.0 - g * g),
                 d_m * t * (o * (1.0 - o)),
             ]
             for which, d_gate in enumerate(d_gates):
-                (z_at + b.ir.add(unit, b.ir.mul(H, I64(which)))).store_first(d_gate, valid)
-            (d_c_at + unit).store_first(d_cell * f, valid)
-            wanted = b.ir.select(b.ir.icmp_signed("!=", m_stride, I64(0)), valid, I64(0))
-            (m_at + unit).store_first(o * t, wanted)
+                store(z_at + b.ir.add(unit, b.ir.mul(H, I64(which))), d_gate)
+            store(d_c_at + unit, d_cell * f)
+            with b.ir.if_then(b.ir.icmp_signed("!=", m_stride, I64(0))):
+                store(m_at + unit, o * t)
+
+        def whole(n: ir.Value, _: list[Vec]) -> list[Vec]:
+            some_units(b.ir.mul(n, I64(b.lanes)), None)
             return []
 
-        count = b.ir.sdiv(b.ir.add(units, I64(b.lanes - 1)), I64(b.lanes))
-        b.loop(count, some_units)
+        registers = b.ir.sdiv(units, I64(b.lanes))
+        b.loop(registers, whole)
+        first = b.ir.mul(registers, I64(b.lanes))
+        rest = b.ir.sub(units, first)
+        with b.ir.if_then(b.ir.icmp_signed(">", rest, I64(0))):
+            some_units(first, rest)
         return []
 
     b.loop(rows, one_row)
@@ -304,7 +322,7 @@ def multiply_kernel(dtype: np.dtype):
 
 def cell_kernel(dtype: np.dtype):
     """Describe the gradient of the cell: of an int64 table, a 0 and what `_emit_cell` takes."""
-    tile = kernel(dtype, "cell", 16, _emit_cell, {0: None})
+    tile = kernel(dtype, "cell", 18, _emit_cell, {0: None})
 
     def cell(table):
         tile(table)

@@ -208,8 +208,9 @@ class Network:
         advance = record_kernel if recorded else advance_kernel
         plan["advance"] = address(tile_table(advance, self.dtype, rows, self.cut.tail_units > 0, fetching))
         saved = KEPT * self.sizes.H * self.dtype.itemsize if recorded else 0  # bytes of a row and step
-        lines = fills_line(self.cut.units, self.dtype) and saved % (KEPT * CACHE_LINE) == 0
-        plan["past_caches"] = lines and saved * plan["N"] * plan["T"] > PAST_CACHES
+        if fills_line(self.cut.units, self.dtype) and saved * plan["N"] * plan["T"] > PAST_CACHES:
+            c_row = self.sizes.H * self.dtype.itemsize
+            plan["past_caches"] = 2 if c_row % CACHE_LINE == 0 else int(GATES * c_row % CACHE_LINE == 0)
         alike = how.shares == 1 and not plan["lengths"] and not plan["reset"]
         plan["whole"] = alike and self._fits_tile(-(-plan["N"] // how.groups))
         return plan.values()
@@ -224,8 +225,8 @@ class Network:
 
         x, out : contiguous, addressed by `strides` = (x_step, x_row, out_step, out_row) in bytes.
         state_in, state_out : (L*D, N, P) and (L*D, N, H); None is zeros.  order, lengths : int64 (N,), rows by falling
-        length and those lengths.  reset : bool (T, N), any strides.  saved : (T, N, 5, H), rows in that order, written
-        for the backward.  dealt : whether rows are dealt to the groups of `how` already.
+        length and those lengths.  reset : bool (T, N), any strides.  saved : what the plan says, rows in that order,
+        written for the backward.  dealt : whether rows are dealt to the groups of `how` already.
         """
         threads_now = threads.get_num_threads()
         if order is not None and lengths is not None:

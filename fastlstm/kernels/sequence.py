@@ -33,7 +33,7 @@ from fastlstm.kernels.team import (
     set_integer,
     wait_for_tasks,
 )
-from fastlstm.kernels.tile import GATES, KEPT, blocking
+from fastlstm.kernels.tile import GATES, blocking
 
 __all__ = ["PLAN", "SPAN", "WEIGHT_FIELDS", "forward_kernel"]
 
@@ -46,7 +46,7 @@ PLAN = record(
     "h_n", "c_n",  # (L*D, N, P), (L*D, N, H)
     "h_0", "c_0",  # (L*D, N, P), (L*D, N, H); 0: zeros
     "panels",  # of all weights
-    "saved",  # (T, N, 5, H): i, f, g, o, c' of every step for the backward, rows in the order of the state; 0: none
+    "saved",  # for the backward, rows in the order of the state: the gates (T, N, 4H) and c' (T, N, H); 0: none
     "x_step", "x_row", "out_step", "out_row",  # strides
     "T", "N", "H", "P", "L", "D",
     "blocks", "tail",  # main blocks of hidden units; 1 if a narrow block follows
@@ -66,7 +66,7 @@ PLAN = record(
     "reverse",  # 1: the only direction runs from the last step to the first
     "middle",  # two buffers (T, N, 2P) between the layers of a bidirectional network
     "hoisted", "chunk",  # 1: the input product is hoisted; steps in a chunk
-    "past_caches",  # 1: what is saved is too large for them
+    "past_caches",  # 1: the gates that are saved are too large for them; 2: c' goes past them too
     "whole",  # 1: one tile holds all hidden units and no row differs from another, so that it can make many steps
     "groups",  # of rows, each taken by one thread as a whole
     "ranks", "shares", "counters",  # threads; shares of a phase (1: the rows are shared out); the team's counters
@@ -107,10 +107,10 @@ def forward_kernel(dtype: np.dtype):
 
     @part(types.void, plan_type, span_type, *[i] * 17)
     def step(
-        p, q, start, start_stride, a, depth, a_panel, h, h_panel, c, to, to_width, out, valid, saved,
+        p, q, start, start_stride, a, depth, a_panel, h, h_panel, c, to, to_width, out, valid, kept,
         rows, first, last, sign,
     ):  # fmt: skip
-        """Advance rows by `q.together` steps for blocks first to last; arguments as in the tile.
+        """Advance rows by `q.together` steps for blocks first to last; arguments as in the tile, or `kept`: which row.
 
         Every other step takes the blocks in the opposite order: what it needs first is what the cache saw last.
         """
@@ -136,7 +136,8 @@ def forward_kernel(dtype: np.dtype):
                         c + (row * p.units + unit) * size, p.units,
                         to + (row * to_width + unit) * size, to_width,
                         out + unit * size, q.out_rows + row * 8, sign * q.out_step, valid - unit,
-                        saved + (row * KEPT * p.H + unit) * size, KEPT * p.H, sign * p.N * KEPT * p.H, p.H, p.H - unit,
+                        p.saved + (kept + row) * GATES * p.H * size,
+                        p.saved + (GATES * p.T * p.N + kept + row) * p.H * size, sign * p.N * p.H, p.H, unit,
                         p.past_caches,
                     ))  # fmt: skip
                     row += here * count
@@ -254,7 +255,7 @@ def forward_kernel(dtype: np.dtype):
         out = q.out + ((q.j if q.out_local else t) * q.out_step + d * q.out_direction) * size
         step(
             p, q, start, start_stride, a, depth, weight(p, k, W_IH), h_at(p, k, parity, q.row0), weight(p, k, W_HH),
-            c_at(p, k, q.row0), to, to_width, out, valid, p.saved + (t * p.N + q.row0) * KEPT * p.H * size,
+            c_at(p, k, q.row0), to, to_width, out, valid, t * p.N + q.row0,
             rows, first, last, -1 if reverse else 1,
         )  # fmt: skip
         if p.reset and not p.projected:

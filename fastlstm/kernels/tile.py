@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ __all__ = [
 
 CACHE_LINE = 64  # bytes
 GATES = 4
-KEPT = 5  # numbers that the backward needs of a hidden unit and step
+KEPT = GATES + 1  # numbers that the backward needs of a hidden unit and step: i, f, g, o and c'
 FETCHING_ROWS = 4  # tiles of fewer rows read their panels faster than they could fetch others
 CHAINS = 6  # registers of cells in lockstep: one alone waits for its own latencies, 13 ns instead of 9 with six
 
@@ -253,16 +253,29 @@ class _Cells:
 
 @dataclass(frozen=True)
 class _Record:
-    """Where a tile writes what the backward needs: a pointer for each row, numbers between gates, units that count."""
+    """Where a tile writes what the backward needs: the gates and c' of each row, from the tile's first unit on.
 
-    rows: list[Pointer]
+    A row of the gates is cut in blocks of `lanes` units, [block][gate][unit], so that a tile writes whole stretches.
+    """
+
+    gates: list[Pointer]  # of each row, from its first unit on
+    c: list[Pointer]  # of each row
+    first: ir.Value  # the tile's first unit
     H: ir.Value
-    valid: ir.Value
-    past_caches: ir.Value  # a bit: straight to memory
+    whole: ir.Value  # bits: all units of the tile's blocks count
+    gates_past: ir.Value  # straight to memory
+    c_past: ir.Value
 
-    def at(self, b: Builder, row: int, which: int, unit: int) -> Pointer:
-        """Return where one of the numbers of a row is written, from a unit on."""
-        return self.rows[row] + b.ir.add(b.ir.mul(self.H, I64(which)), I64(unit))
+    def gate(self, b: Builder, row: int, which: int, unit: int, whole: bool) -> Pointer:
+        """Return where a gate of a row is written, from a unit of the tile on; whole: its block is."""
+        unit_ = b.ir.add(self.first, I64(unit))
+        within = b.ir.and_(unit_, I64(b.lanes - 1))
+        block, width = b.ir.sub(unit_, within), I64(b.lanes)
+        if not whole:
+            left = b.ir.sub(self.H, block)
+            width = b.ir.select(b.ir.icmp_signed("<", left, width), left, width)
+        block = b.ir.mul(block, I64(GATES))
+        return self.gates[row] + b.ir.add(block, b.ir.add(b.ir.mul(width, I64(which)), within))
 
 
 def advance_cell(z_i: Vec, z_f: Vec, z_g: Vec, z_o: Vec, c: Vec) -> tuple[Vec, Vec]:
@@ -284,11 +297,13 @@ def _emit_advance(
     h_next_panel : those of the blocks that come after, which a fetching tile brings to L2 meanwhile.
     c : in/out (rows, units), `c_stride` apart.  h_next : out (rows, units), `h_next_stride` apart.
     out : out rows at `out_rows`; the first `valid` units of the tile are written; none where `valid` is 0.
-    recorded : nothing, or what the backward needs: saved, saved_stride, saved_step, H, saved_valid, past_caches.
-    saved : out (rows, 5, H), i, f, g, o, c', `saved_stride` apart; the first `saved_valid` units are written.
-    past_caches : 1 where `saved` is too large for any cache and each register of it is a whole cache line, else 0.
-    More than one step where the tile holds all units: from step to step `start`, `a`, `out`, `saved` move by
-    `start_step`, `a_step`, `out_step`, `saved_step` numbers, and `h` and `h_next` change places.
+    recorded : nothing, or where what the backward needs goes: gates, kept_c, kept_step, H, first_unit, past_caches.
+    gates : out (rows, 4H), i, f, g, o as in `_Record`.  kept_c : out (rows, H), c'.  Both from the row's first unit on.
+    past_caches : 1 where they are too large for any cache and the rows of the gates are whole cache lines, 2 where
+    those of c' are too, else 0.
+    More than one step where the tile holds all units: from step to step `start`, `a`, `out`, `kept_c` move by
+    `start_step`, `a_step`, `out_step`, `kept_step` numbers, the gates by four times that, and `h` and `h_next` change
+    places.
     """
     widths = _widths(b, shape)
     a_panels, h_panels = _panels(b, a_panel, a_depth, shape), _panels(b, h_panel, h_depth, shape)
@@ -300,8 +315,10 @@ def _emit_advance(
         start_at = b.pointer(start) + b.ir.mul(s, start_step)
         a_at, out_base = b.pointer(a) + b.ir.mul(s, a_step), b.pointer(out) + b.ir.mul(s, out_step)
         if recorded:
-            saved, saved_stride, saved_step, H, saved_valid, past_caches = recorded
-            saved_at = b.pointer(saved) + b.ir.mul(s, saved_step)
+            gates, kept_c, kept_step, H, first_unit, past_caches = recorded
+            c_step = b.ir.mul(s, kept_step)
+            gates_at = b.pointer(gates) + b.ir.mul(c_step, I64(GATES))
+            kept_c_at = b.pointer(kept_c) + b.ir.add(c_step, first_unit)
 
         def tile(i: ir.Value, _: list[Vec]) -> list[Vec]:
             row0 = b.ir.mul(i, I64(shape.rows))
@@ -312,12 +329,19 @@ def _emit_advance(
                         (to + unit).prefetch(write=True)
             record = None
             if recorded:
-                past = b.ir.icmp_signed("!=", past_caches, I64(0))
-                record = _Record(_strided(b, saved_at, saved_stride, row0, shape.rows), H, saved_valid, past)
+                end = b.ir.add(first_unit, I64(sum(shape.blocks) + b.lanes - 1))
+                whole = b.ir.icmp_signed(">=", H, b.ir.and_(end, I64(-b.lanes)))
+                record = _Record(
+                    _strided(b, gates_at, b.ir.mul(H, I64(GATES)), row0, shape.rows),
+                    _strided(b, kept_c_at, H, row0, shape.rows), first_unit, H, whole,
+                    b.ir.icmp_signed("!=", past_caches, I64(0)), b.ir.icmp_signed("==", past_caches, I64(2)),
+                )  # fmt: skip
                 if shape.rows >= FETCHING_ROWS:
-                    with b.ir.if_then(b.ir.not_(past)):
-                        for row, which, unit in itertools.product(range(shape.rows), range(KEPT), units):
-                            record.at(b, row, which, unit).prefetch(write=True)
+                    with b.ir.if_then(b.ir.not_(b.ir.and_(whole, record.gates_past))):
+                        for row, unit in itertools.product(range(shape.rows), units):
+                            for which in range(GATES):
+                                record.gate(b, row, which, unit, whole=True).prefetch(write=True)
+                            (record.c[row] + unit).prefetch(write=True)
             sums = [_load_all(p, sum(widths), b.lanes) for p in _strided(b, start_at, start_stride, row0, shape.rows)]
             ahead = _ahead(b, shape, a_next_panel, a_depth, i)
             sums = _multiply(
@@ -376,26 +400,45 @@ def _emit_cells(
                 (h[x.row] + x.unit).store(part)
                 (out[x.row] + x.unit).store_first(part, b.ir.sub(valid, I64(x.unit)))
         if record is not None:
-            kept = [sigmoid(z_i).value(), sigmoid(z_f).value(), tanh(z_g).value(), sigmoid(z_o).value(), c_new]
-            with b.ir.if_else(record.past_caches) as (past, through):
-                with past:
-                    _write_record(b, record, chains, kept, past_caches=True)
-                with through:
-                    _write_record(b, record, chains, kept, past_caches=False)
+            gates = [sigmoid(z_i).value(), sigmoid(z_f).value(), tanh(z_g).value(), sigmoid(z_o).value()]
+            _write_record(b, record, chains, gates, c_new)
 
 
-def _write_record(
-    b: Builder, record: _Record, chains: list[list[_Cells]], kept: Sequence[Vec], past_caches: bool
-) -> None:
+def _write_record(b: Builder, record: _Record, chains: list[list[_Cells]], gates: Sequence[Vec], c_new: Vec) -> None:
     """Emit the stores of what the backward needs of some registers of cells."""
-    for which, vecs in enumerate(kept):
-        for register, vec in zip(chains, vecs.registers(), strict=True):
-            for i, x in enumerate(register):
-                at = record.at(b, x.row, which, x.unit)
-                if not past_caches:
-                    at.store_first(vec.part(i * x.units, x.units), b.ir.sub(record.valid, I64(x.unit)))
-                elif fills_line(x.units, b.dtype):
-                    at.store(vec, past_caches=True)
+    valid = b.ir.sub(record.H, record.first)
+    line = fills_line(chains[0][0].units, b.dtype)
+
+    def write(kept: Sequence[Vec], at: Callable[[_Cells, int], Pointer], whole: bool, past_caches: bool) -> None:
+        for which, vecs in enumerate(kept):
+            for register, vec in zip(chains, vecs.registers(), strict=True):
+                for i, x in enumerate(register):
+                    part = vec.part(i * x.units, x.units)
+                    if whole:
+                        at(x, which).store(part, past_caches)
+                    else:
+                        at(x, which).store_first(part, b.ir.sub(valid, I64(x.unit)))
+
+    def write_all(whole: bool) -> None:
+        kinds: list[tuple[ir.Value, Sequence[Vec], Callable[[_Cells, int], Pointer]]] = [
+            (record.gates_past, gates, lambda x, which: record.gate(b, x.row, which, x.unit, whole)),
+            (record.c_past, [c_new], lambda x, _: record.c[x.row] + x.unit),
+        ]
+        for bit, kept, at in kinds:
+            if not (whole and line):
+                write(kept, at, whole, past_caches=False)
+                continue
+            with b.ir.if_else(bit) as (past, through):
+                with past:
+                    write(kept, at, whole, past_caches=True)
+                with through:
+                    write(kept, at, whole, past_caches=False)
+
+    with b.ir.if_else(record.whole) as (whole, partly):
+        with whole:
+            write_all(whole=True)
+        with partly:
+            write_all(whole=False)
 
 
 CLASSES = ("row", "few", "many", "row tail", "few tail", "many tail")

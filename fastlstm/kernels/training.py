@@ -120,7 +120,7 @@ class Direction:
         return max(1, self._chunk_rows // max(1, N))
 
     def room(self, T: int, N: int) -> Lent:
-        """Return room for the (T, N, 5, H) that the backward needs, or more."""
+        """Return room for what the backward needs of so many steps and rows, or more."""
         return self._spare.lend(T * N * KEPT * self.H, self.dtype)
 
     def forward(self, panels: Lent, steps: Steps, h_n: Array, c_n: Array, saved: Lent | None) -> None:
