@@ -27,14 +27,15 @@ from fastlstm.checks import (
     check_shape,
     to_numpy,
 )
+from fastlstm.memory import empty
 from fastlstm.parameters import Layer, Setting
 
 if TYPE_CHECKING:
     import torch
 
     from fastlstm.kernels.network import Network
-    from fastlstm.kernels.panels import Lent
     from fastlstm.kernels.training import Direction
+    from fastlstm.memory import Lent
     from fastlstm.tape import Tape
 
 __all__ = ["LSTM", "Call", "SequenceModel", "Stream"]
@@ -314,7 +315,7 @@ class LSTM(Layer, SequenceModel):
         T, N = call.T, call.N
         shape = (*call.x.shape[:-1], D * P)
         if out is None:
-            output = np.empty(shape, self.dtype)
+            output = empty(shape, self.dtype)
         else:
             output = as_out(out, shape, self.dtype, self._symbols("D*P", call.batched))
             call = _separate(call, output)
@@ -537,7 +538,7 @@ class Stream:
             raise ValueError(f"`x` must have shape (N, I) or (T, N, I) with N = {N} and I = {I}, got {array.shape}")
         shape = (*array.shape[:-1], self._y_shape[1])
         if out is None:
-            out = np.empty(shape, self._dtype)
+            out = empty(shape, self._dtype)
         else:
             out = as_out(out, shape, self._dtype, "(N, P)" if array.ndim == 2 else "(T, N, P)")
             if np.may_share_memory(array, out):

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastlstm.checks import as_array, as_generator, as_interval, as_out, as_size, check_flag
 from fastlstm.lstm import LSTM, Call, SequenceModel
+from fastlstm.memory import empty
 from fastlstm.parameters import Layer, Setting, check_names
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class Linear(Layer):
         self._check_features(array)
         shape = (*array.shape[:-1], self.out_features)
         if out is None:
-            out = np.empty(shape, self.dtype)
+            out = empty(shape, self.dtype)
         else:
             out = as_out(out, shape, self.dtype, "(..., out_features)")
             if np.may_share_memory(array, out):
@@ -187,7 +188,7 @@ class Linear(Layer):
         from fastlstm.tape import Gradients, Tape
 
         weights: LinearGradients = self._training_weights()
-        output = np.empty((*x.shape[:-1], self.out_features), self.dtype)
+        output = empty((*x.shape[:-1], self.out_features), self.dtype)
         shape = (x.size // self.in_features, self.in_features)
         if x.size:
             weights.product.apply(x.reshape(shape), output.reshape(-1, self.out_features))

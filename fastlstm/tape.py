@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastlstm.checks import as_array
-from fastlstm.kernels.panels import Lent
 from fastlstm.kernels.training import Direction, Rows, Steps
+from fastlstm.memory import Lent, empty
 
 if TYPE_CHECKING:
     from fastlstm.lstm import LSTM, Call
@@ -141,7 +141,7 @@ class _Recording:
         x = self._time_major(call.x if owned else call.x.copy())
         for k, layer in enumerate(self.directions):
             last = k == lstm.num_layers - 1
-            output = np.empty((*self.x_shape[:-1], D * P) if last else (self.T, self.N, D * P), lstm.dtype)
+            output = empty((*self.x_shape[:-1], D * P) if last else (self.T, self.N, D * P), lstm.dtype)
             y = self._time_major(output) if last else output
             segments = []
             for d, (direction, panels) in enumerate(layer):
@@ -226,13 +226,13 @@ class _Recording:
         found: dict[str, Array] = {}
         for k in reversed(range(lstm.num_layers)):
             shape = (self.T, self.N, self.directions[k][0][0].I)
-            d_x = np.empty(shape if k else self.x_shape, lstm.dtype)
+            d_x = empty(shape if k else self.x_shape, lstm.dtype)
             to = d_x if k else self._time_major(d_x)
             x = self._drop(self.between[k - 1], k - 1) if k and self.masks else None
             for d, (direction, panels) in enumerate(self.directions[k]):
                 index = k * D + d
                 part = d_out if d_out is None or D == 1 else d_out[:, :, d * P : (d + 1) * P]
-                d_w = {name: np.empty(shape, lstm.dtype) for name, _, shape in direction.weights}
+                d_w = {name: empty(shape, lstm.dtype) for name, _, shape in direction.weights}
                 d_h_n, d_c_n = (None if s is None else s[index] for s in d_final)
                 initial = d_h_0[index], d_c_0[index]
                 self._backward(direction, panels, self.layers[k][d], x, part, (d_h_n, d_c_n), initial, to, d > 0, d_w)

@@ -13,11 +13,8 @@ from fastlstm import threads
 from fastlstm.kernels.call import address
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import (
-    Lent,
     Packing,
     Panel,
-    Spare,
-    aligned,
     columns_panel,
     cut_columns,
     cut_units,
@@ -29,7 +26,6 @@ from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import (
-    CACHE_LINE,
     EVERY,
     GATES,
     KEPT,
@@ -41,6 +37,7 @@ from fastlstm.kernels.tile import (
     record_kernel,
     tile_table,
 )
+from fastlstm.memory import CACHE_LINE, Lent, Spare, aligned
 
 __all__ = ["Network", "Sizes", "Strategy", "StreamRunner", "load_tiles"]
 

@@ -21,15 +21,13 @@ from fastlstm.kernels.compile import entry
 from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.simd import I64, Builder, Vec, kernel, target
 from fastlstm.kernels.team import LINE, integer_at, lazy, next_task, on_stack, part, record, record_at
-from fastlstm.kernels.tile import CACHE_LINE, GATES, blocking
+from fastlstm.kernels.tile import GATES, blocking
+from fastlstm.memory import CACHE_LINE, aligned
 
 __all__ = [
     "Cut",
-    "Lent",
     "Packing",
     "Panel",
-    "Spare",
-    "aligned",
     "columns_panel",
     "count_blocks",
     "cut_block",
@@ -72,50 +70,6 @@ def cut_units(count: int, dtype: np.dtype) -> Cut:
 def cut_columns(count: int, dtype: np.dtype) -> Cut:
     """Cut the outputs of a plain product: a block is 4 * units of them."""
     return cut_units(-(-count // GATES), dtype)
-
-
-def aligned(count: int, dtype: np.dtype) -> NDArray[np.generic]:
-    """Return an uninitialised array that starts on a cache line."""
-    dtype = np.dtype(dtype)
-    raw = np.empty(count * dtype.itemsize + CACHE_LINE, np.uint8)
-    start = -address(raw) % CACHE_LINE
-    return raw[start : start + count * dtype.itemsize].view(dtype)
-
-
-class Spare:
-    """Memory that is left to the next user: fresh pages cost ocr's training a quarter of its time."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most  # bytes
-        self._kept: list[Array] = []
-
-    def lend(self, count: int, dtype: np.dtype) -> Lent:
-        """Return memory for so many numbers or more, that starts on a cache line."""
-        try:
-            kept = self._kept.pop()
-        except IndexError:
-            return Lent(aligned(count, dtype), self)
-        return Lent(kept if kept.size >= count else aligned(count, dtype), self)
-
-    def give_back(self, array: Array) -> None:
-        """Keep an array that nobody uses any more, unless it is too large."""
-        if array.nbytes <= self._most:
-            self._kept[:] = [array]
-
-
-class Lent:
-    """An array that goes back where it came from when nobody holds this any more."""
-
-    __slots__ = ("_spare", "array")
-
-    def __init__(self, array: Array, spare: Spare) -> None:
-        self.array, self._spare = array, spare
-
-    def __del__(self) -> None:
-        """Leave the memory to the next user; whoever still has this, as one of a cycle may, gets an error."""
-        array = self.array
-        del self.array
-        self._spare.give_back(array)
 
 
 def most_vectors() -> int:

@@ -11,11 +11,11 @@ from numba import carray, from_dtype, types
 from fastlstm.checks import as_size, float_dtype
 from fastlstm.kernels.call import bind
 from fastlstm.kernels.compile import entry
-from fastlstm.kernels.panels import aligned
 from fastlstm.kernels.region import run_region
 from fastlstm.kernels.simd import I64, Builder, kernel
 from fastlstm.kernels.team import LINE, record, set_integer
 from fastlstm.kernels.tile import GATES, Shape, blocking, chain
+from fastlstm.memory import aligned
 
 __all__ = ["measure_peak"]
 

