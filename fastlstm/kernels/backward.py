@@ -152,11 +152,15 @@ def backward_kernel(dtype: np.dtype):
                 row += here * count
         return ahead
 
-    @part(types.void, *[i] * 13)
-    def down(tile, a, a_panel_rows, first_j, last_j, depth, panel, panel_rows, columns, block, out, out_rows, add):
+    @part(i, *[i] * 15)
+    def down(
+        tile, a, a_panel_rows, first_j, last_j, depth, panel, panel_rows, columns, block, out, out_rows, add,
+        ahead, ahead_step,
+    ):  # fmt: skip
         """out[j, block] (+)= sum over k of a[k, j] * panel[k] for j from first to last; both are panels of rows k.
 
         `a` and `panel` point at the first k of theirs, which hold `a_panel_rows` and `panel_rows` rows in each block.
+        Returns what is to be fetched next, as `along`.
         """
         first, vectors = cut_columns(columns, block)
         at, line = first * lanes, vectors * lanes
@@ -168,9 +172,12 @@ def backward_kernel(dtype: np.dtype):
             count = left // here
             call_tile(tile, (
                 piece_of[1, vectors, here], count, a + ((j - within) * a_panel_rows + within) * size, 0, LEFT, depth, 1,
-                panel + at * panel_rows * size, line, out + at * size, out_rows + j * 8, columns - at, add, 0, 0,
+                panel + at * panel_rows * size, line, out + at * size, out_rows + j * 8, columns - at, add,
+                ahead, ahead_step,
             ))  # fmt: skip
+            ahead += count * depth * ahead_step * size
             j += here * count
+        return ahead
 
     @part(types.void, plan_type, i, i, i, i, i, i)
     def pack_right(p, table, columns, first_k, last_k, out, rows):
@@ -376,16 +383,20 @@ def backward_kernel(dtype: np.dtype):
     def outer(p, q, left, first, last, panel, columns, out, ramp, d_bias, add):
         """out[j] (+)= sum over the chunk's k of left[k, j] * panel[k] for j from first to last; and the sum of left.
 
-        What is written stays in L1 from one depth to the next; a panel comes from L2 once for LEFT numbers j.
+        What is written stays in L1 from one depth to the next; a panel comes from L2 once for LEFT numbers j, and
+        meanwhile those of the next LEFT.
         """
+        ahead_step = LEFT // (count_blocks(columns) * (LEFT // most[1, widest])) + 1
         for begin in range(first, last, LEFT):
             end = min(last, begin + LEFT)
+            ahead = left + (end if end < last else first) * p.most * size
             for block in range(count_blocks(columns)):
                 line = cut_columns(columns, block)[1] * lanes
                 for k in range(0, max(q.rows, 1), DOWN_DEPTH):
-                    down(
+                    ahead = down(
                         p.multiply, left + k * LEFT * size, p.most, begin, end, min(DOWN_DEPTH, q.rows - k),
                         panel + k * line * size, p.most, columns, block, out, ramp, int(add or k > 0),
+                        ahead, ahead_step,
                     )  # fmt: skip
             at = 0
             while d_bias and at < end - begin:

@@ -130,7 +130,7 @@ def _emit_multiply(
     a : rows at `a_rows`, parts * depth numbers each; or, read down, (depth, rows) with lines `a_step` apart.
     panel : (parts * depth, vectors), lines `line` apart.  out : rows at `out_rows`, the first `valid` numbers of each.
     add : 1 adds to what is there, 0 does not read it.  Each part is a sum of its own.
-    ahead : what comes to L2 meanwhile where many rows are read along: a line for each k, `ahead_step` numbers apart.
+    ahead : what comes to L2 meanwhile where there are many rows: a line for each k, `ahead_step` numbers apart.
     """
     vectors = piece.vectors
 
@@ -144,8 +144,11 @@ def _emit_multiply(
                 if piece.down:  # where rows do not start on a line: d_W of 4 MB is made at 88% of peak instead of 80%
                     (to + (vectors * b.lanes - 1)).prefetch(write=True)
         if piece.down:
-            first = b.pointer(a) + row0
-            sums = _multiply(b, [first + r for r in range(piece.rows)], a_step, depth, [base], line, vectors)
+            first, lines = b.pointer(a) + row0, None
+            if piece.rows >= FETCHING_ROWS:
+                lines = b.pointer(ahead) + b.ir.mul(b.ir.mul(depth, i), ahead_step)
+            rows = [first + r for r in range(piece.rows)]
+            sums = _multiply(b, rows, a_step, depth, [base], line, vectors, lines, ahead_step)
         elif piece.lockstep:
             (row,) = _table(b, b.pointer(a), a_rows, row0, 1)
             starts = [b.ir.mul(depth, I64(part)) for part in range(GATES)]
