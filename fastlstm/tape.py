@@ -232,7 +232,7 @@ class _Recording:
             for d, (direction, panels) in enumerate(self.directions[k]):
                 index = k * D + d
                 part = d_out if d_out is None or D == 1 else d_out[:, :, d * P : (d + 1) * P]
-                d_w = {name: empty(shape, lstm.dtype) for name, _, shape in direction.weights}
+                d_w = {name: make() for name, _, make in direction.weights}
                 d_h_n, d_c_n = (None if s is None else s[index] for s in d_final)
                 initial = d_h_0[index], d_c_0[index]
                 self._backward(direction, panels, self.layers[k][d], x, part, (d_h_n, d_c_n), initial, to, d > 0, d_w)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,8 +93,9 @@ class Direction:
     def __init__(self, params: Mapping[str, Array], suffix: str, reverse: bool) -> None:
         self.reverse = reverse
         shapes = {name: params[name + suffix].shape for name in NAMES if name + suffix in params}
-        self.weights = [(name, name + suffix, shape) for name, shape in shapes.items()]
         self.dtype = params["weight_ih" + suffix].dtype
+        self.weights = [(name, name + suffix, partial(empty, shape, self.dtype)) for name, shape in shapes.items()]
+        """Name, name with the suffix, and what makes room for a gradient."""
         self.projected = "weight_hr" in shapes
         J, self.I = shapes["weight_ih"]
         self.H, self.P = J // GATES, shapes["weight_hh"][1]
