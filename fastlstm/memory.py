@@ -11,7 +11,7 @@ __all__ = ["CACHE_LINE", "Lent", "Spare", "aligned", "empty"]
 
 Array = NDArray[Any]
 CACHE_LINE = 64  # bytes
-LARGE = 512 << 10  # bytes of a result from which two microseconds for its place pay
+LARGE = 512 << 10  # bytes of a result from which its place is worth two microseconds
 
 
 def aligned(count: int, dtype: np.dtype[Any]) -> Array:
@@ -27,7 +27,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any], count: int) -> Array:
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Return room for results, on a cache line where it is large: a register's store then touches one line, not two.
 
-    Float64 weight gradients of 4 MB are made at 90% of peak, and at 80% elsewhere.
+    Float64 weight gradients of 4 MB are made at 90% of peak, and at 80% to 88% elsewhere.
     """
     result = np.empty(shape, dtype)
     if result.nbytes < LARGE:

@@ -698,7 +698,7 @@ def growth(call):
     ],
 )
 def test_memory_does_not_grow_with_the_length_of_a_sequence(threads: str, steps: int, layer: str, options: str) -> None:
-    """Under 8 MB beside input, output and weights; the control shows that 8 MB would be seen."""
+    """Under 8 MB beside input, output and weights; the control shows that 10 MB would be seen."""
     code = (
         MEMORY
         + f"""
@@ -709,7 +709,7 @@ lstm(x[:50])
 lstm(x[:50], reset=np.zeros((50, 1), bool), lengths=[50])
 def control():
     lstm(x, out=out, **options)
-    np.ones(1 << 20)
+    np.ones(5 << 18)
 print(growth(lambda: lstm(x, out=out, **options)), growth(control))
 """
     )
@@ -760,11 +760,12 @@ work(2000)
 grown = field("VmRSS") - before
 tracemalloc.start()
 work(50)
-start = tracemalloc.get_traced_memory()[0]
-work(200)
-traced = tracemalloc.get_traced_memory()[0] - start
-work(200, leak=1024)
-leaked = tracemalloc.get_traced_memory()[0] - start - traced
+def traced_growth(leak):
+    start = tracemalloc.get_traced_memory()[0]
+    work(200, leak)
+    return tracemalloc.get_traced_memory()[0] - start
+traced = min(traced_growth(0), traced_growth(0))  # once in a while Python's table of interned strings grows: 2 MB
+leaked = traced_growth(1024)
 tracemalloc.stop()
 before = field("VmRSS")
 work(500, leak=20_000)

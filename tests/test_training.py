@@ -43,7 +43,7 @@ from fastlstm import LSTM, Linear, Sequential, reference, threads
 from fastlstm.bench.cases import CASES
 from fastlstm.kernels import network, sequence
 from fastlstm.kernels.network import Network
-from fastlstm.kernels.tile import blocking, fills_line
+from fastlstm.kernels.tile import GATES, blocking, fills_line
 from fastlstm.memory import CACHE_LINE
 from fastlstm.tape import Tape
 
@@ -568,12 +568,10 @@ def test_checkpoints_change_no_bit(case: Case) -> None:
             assert_same_gradients(training.gradients(checkpoint_every=1), expected)
 
 
-@pytest.mark.parametrize(("H", "expected_past"), [(64, 2), (44, 1), (36, 1), (63, 0)])
+@pytest.mark.parametrize("H", [64, 44, 46, 36, 63])
 @pytest.mark.parametrize("case", grid(SEVERAL_CHUNKS, N=(1, 3, 13), D=(1, 2), P=(0, 6), dtype=BOTH), **by_name)
-def test_what_is_saved_past_the_caches_has_the_same_bits(
-    case: Case, H: int, expected_past: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where no cache holds it; of 44 units the last block is cut, of 36 it is narrow, in 63 no line is whole."""
+def test_what_is_saved_past_the_caches_has_the_same_bits(case: Case, H: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no cache holds it; of 44 and 46 the last block is cut or narrow, as of 36; some have no whole lines."""
     plan, past = Network.plan, []
     dtype = np.dtype(case.dtype)
 
@@ -590,7 +588,8 @@ def test_what_is_saved_past_the_caches_has_the_same_bits(
     monkeypatch.setattr(network, "PAST_CACHES", 0)
     with poisoned():
         gradients = draw_training(case).gradients()
-    assert set(past) == {expected_past if fills_line(blocking(dtype).units, dtype) else 0}
+    whole_lines = [rows * H * dtype.itemsize % CACHE_LINE == 0 for rows in (1, GATES)]  # of c', of the gates
+    assert set(past) == {sum(whole_lines) if fills_line(blocking(dtype).units, dtype) else 0}
     assert_same_gradients(gradients, expected)
 
 
@@ -1559,7 +1558,7 @@ def test_a_tape_keeps_no_argument_alive() -> None:
 
 
 def test_large_results_start_on_a_cache_line() -> None:
-    """Else the stores of a register touch two lines, and weight gradients take a tenth longer."""
+    """Else each store of a register touches two lines, and weight gradients take longer."""
     layer = LSTM(256, 512, rng=0)
     x = np.zeros((3, 200, 256), np.float32)
     tape = layer.record(x)
@@ -1609,9 +1608,9 @@ def test_nothing_leaks() -> None:
 
     tracemalloc.start()
     try:
-        start = work(100)  # Python's own stores of small objects fill up
-        grown = work(200) - start
-        leaked = work(200, leak=1024) - start
+        marks = [work(100), work(200), work(200)]  # first Python's own stores of small objects fill up
+        grown = min(marks[1] - marks[0], marks[2] - marks[1])  # once in a while a table of Python's own grows: 2 MB
+        leaked = work(200, leak=1024) - marks[2]
     finally:
         tracemalloc.stop()
     assert grown < 100_000 < leaked

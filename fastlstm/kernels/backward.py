@@ -329,7 +329,7 @@ def backward_kernel(dtype: np.dtype):
         d_out_next, c_next = back * p.d_out_step, 2 * back * p.N * p.H
         if p.slices > 1:
             d_out_next, c_next = (q.last - q.first) * p.d_out_row, (back * p.N + q.last - q.first) * p.H
-        if p.projected:  # d_m = d_h_out W_hr, into the buffer of m, which the cell replaces
+        if p.projected:  # d_m = d_h_out W_hr
             for r in range(rows):
                 set_integer(table(q, p, D_OUT_ROWS) + r * 8, 0)
                 set_integer(table(q, p, H_ROWS) + r * 8, (row0 + r) * p.H)
@@ -383,8 +383,8 @@ def backward_kernel(dtype: np.dtype):
     def outer(p, q, left, first, last, panel, columns, out, ramp, d_bias, add):
         """out[j] (+)= sum over the chunk's k of left[k, j] * panel[k] for j from first to last; and the sum of left.
 
-        What is written stays in L1 from one depth to the next; a panel comes from L2 once for LEFT numbers j, and
-        meanwhile those of the next LEFT.
+        What is written stays in L1 from one depth to the next, and a panel comes from L2 once for LEFT numbers j.
+        Meanwhile `left` of the next LEFT comes to L2; after the last that of the first again, for the next product.
         """
         ahead_step = LEFT // (count_blocks(columns) * (LEFT // most[1, widest])) + 1
         for begin in range(first, last, LEFT):

@@ -206,16 +206,16 @@ def _ahead(b: Builder, table: ir.Value, row: ir.Value, rows: ir.Value) -> Pointe
 
 def _emit_cell(
     b: Builder, _: object, rows, units, H, d_h, d_h_stride, d_out, d_out_rows, d_out_next, gates, c_new, c_next, c,
-    d_c, d_c_stride, d_z, d_z_rows, m, m_stride,
+    d_c, d_c_stride, d_z, d_z_rows, m, keep_m,
 ) -> None:  # fmt: skip
     """Emit the gradient of the cell for `units` units of each row.
 
-    d_h : (rows, units), `d_h_stride` apart.  d_out : rows at `d_out_rows`, added to it; those of the next step lie
-    `d_out_next` numbers further and come to L2 meanwhile.
+    d_h : (rows, units), `d_h_stride` apart.  d_out : rows at `d_out_rows`, added to it; those of the next step,
+    or slice, lie `d_out_next` numbers further and come to L2 meanwhile.
     gates : (rows, 4H), i, f, g, o as the forward's tile leaves them.  c_new : (rows, H); what lies `c_next` numbers
     further comes to L2 meanwhile.  c : a table of the rows' addresses.
     d_c : in/out (rows, units), `d_c_stride` apart.  d_z : out (4, H), rows at `d_z_rows`.
-    m : out (rows, units), o * tanh(c'), rows at `d_z_rows` * m_stride / 4H; none where `m_stride` is 0.
+    m : out (rows, units), o * tanh(c'), rows at a quarter of `d_z_rows`; none where `keep_m` is 0.
     """
 
     def one_row(row: ir.Value, _: list[Vec]) -> list[Vec]:
@@ -258,7 +258,7 @@ def _emit_cell(
             for which, d_gate in enumerate(d_gates):
                 store(z_at + b.ir.add(unit, b.ir.mul(H, I64(which))), d_gate)
             store(d_c_at + unit, d_cell * f)
-            with b.ir.if_then(b.ir.icmp_signed("!=", m_stride, I64(0))):
+            with b.ir.if_then(b.ir.icmp_signed("!=", keep_m, I64(0))):
                 store(m_at + unit, o * t)
 
         def whole(n: ir.Value, _: list[Vec]) -> list[Vec]:

@@ -110,7 +110,7 @@ def forward_kernel(dtype: np.dtype):
         p, q, start, start_stride, a, depth, a_panel, h, h_panel, c, to, to_width, out, valid, kept,
         rows, first, last, sign,
     ):  # fmt: skip
-        """Advance rows by `q.together` steps for blocks first to last; arguments as in the tile, or `kept`: which row.
+        """Advance rows by `q.together` steps for blocks first to last; arguments as in the tile; kept: t * N + row.
 
         Every other step takes the blocks in the opposite order: what it needs first is what the cache saw last.
         """

@@ -253,24 +253,24 @@ class _Cells:
 
 @dataclass(frozen=True)
 class _Record:
-    """Where a tile writes what the backward needs: the gates and c' of each row, from the tile's first unit on.
+    """Where a tile writes what the backward needs.
 
     A row of the gates is cut in blocks of `lanes` units, [block][gate][unit], so that a tile writes whole stretches.
     """
 
     gates: list[Pointer]  # of each row, from its first unit on
-    c: list[Pointer]  # of each row
+    c: list[Pointer]  # of each row, from the tile's first unit on
     first: ir.Value  # the tile's first unit
     H: ir.Value
-    whole: ir.Value  # bits: all units of the tile's blocks count
+    whole: ir.Value  # bits: all units of the blocks that the tile touches count
     gates_past: ir.Value  # straight to memory
     c_past: ir.Value
 
     def gate(self, b: Builder, row: int, which: int, unit: int, whole: bool) -> Pointer:
         """Return where a gate of a row is written, from a unit of the tile on; whole: its block is."""
-        unit_ = b.ir.add(self.first, I64(unit))
-        within = b.ir.and_(unit_, I64(b.lanes - 1))
-        block, width = b.ir.sub(unit_, within), I64(b.lanes)
+        place = b.ir.add(self.first, I64(unit))
+        within = b.ir.and_(place, I64(b.lanes - 1))
+        block, width = b.ir.sub(place, within), I64(b.lanes)
         if not whole:
             left = b.ir.sub(self.H, block)
             width = b.ir.select(b.ir.icmp_signed("<", left, width), left, width)
@@ -405,7 +405,7 @@ def _emit_cells(
 
 
 def _write_record(b: Builder, record: _Record, chains: list[list[_Cells]], gates: Sequence[Vec], c_new: Vec) -> None:
-    """Emit the stores of what the backward needs of some registers of cells."""
+    """Emit the stores of what the backward needs of some registers of cells, all of one width."""
     valid = b.ir.sub(record.H, record.first)
     line = fills_line(chains[0][0].units, b.dtype)
 
