@@ -16,12 +16,8 @@ LARGE = 512 << 10  # bytes of a result from which its place is worth two microse
 
 def aligned(count: int, dtype: np.dtype[Any]) -> Array:
     """Return an uninitialised array that starts on a cache line."""
-    return _aligned((count,), np.dtype(dtype), count)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any], count: int) -> Array:
     raw = np.empty(count * dtype.itemsize + CACHE_LINE, np.uint8)
-    return np.ndarray(shape, dtype, raw, -raw.__array_interface__["data"][0] % CACHE_LINE)
+    return np.ndarray((count,), dtype, raw, -raw.__array_interface__["data"][0] % CACHE_LINE)
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -34,7 +30,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return result
     count = result.size
     del result  # before there is another
-    return _aligned(shape, dtype, count)
+    return aligned(count, dtype).reshape(shape)
 
 
 class Spare:

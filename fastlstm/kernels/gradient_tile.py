@@ -242,7 +242,7 @@ def _emit_cell(
                     pointer.store_first(vec, valid)
 
             (c_ahead + unit).prefetch(near=True)
-            (given + d_out_next + unit).prefetch()  # ocr's backward gains a tenth
+            (given + d_out_next + unit).prefetch()  # ocr's backward gains 4% to 10%
             (c_new_at + c_next + unit).prefetch()
             block, width = gates_at + b.ir.mul(unit, I64(GATES)), I64(b.lanes) if valid is None else valid
             i, f, g, o = (load(block + b.ir.mul(width, I64(which))) for which in range(GATES))

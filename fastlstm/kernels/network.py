@@ -204,10 +204,10 @@ class Network:
         rows = EVERY if plan["lengths"] else frozenset(used)
         advance = record_kernel if recorded else advance_kernel
         plan["advance"] = address(tile_table(advance, self.dtype, rows, self.cut.tail_units > 0, fetching))
-        saved = KEPT * self.sizes.H * self.dtype.itemsize if recorded else 0  # bytes of a row and step
-        if fills_line(self.cut.units, self.dtype) and saved * plan["N"] * plan["T"] > PAST_CACHES:
-            c_row = self.sizes.H * self.dtype.itemsize
-            plan["past_caches"] = 2 if c_row % CACHE_LINE == 0 else int(GATES * c_row % CACHE_LINE == 0)
+        c_row = self.sizes.H * self.dtype.itemsize
+        large = recorded and KEPT * c_row * plan["N"] * plan["T"] > PAST_CACHES
+        if large and fills_line(self.cut.units, self.dtype):
+            plan["past_caches"] = sum(row % CACHE_LINE == 0 for row in (GATES * c_row, c_row))
         alike = how.shares == 1 and not plan["lengths"] and not plan["reset"]
         plan["whole"] = alike and self._fits_tile(-(-plan["N"] // how.groups))
         return plan.values()
