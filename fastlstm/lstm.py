@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -25,6 +26,7 @@ from fastlstm.checks import (
     as_size,
     check_flag,
     check_shape,
+    is_ready,
     to_numpy,
 )
 from fastlstm.memory import empty
@@ -74,14 +76,15 @@ class SequenceModel(ABC):
 
     def _check_call(self, x: object, state: object, lengths: object, reset: object) -> Call:
         """Check the arguments of a call."""
-        array = as_array("x", x, self.dtype)
-        if array.ndim not in (2, 3) or array.shape[-1] != self.input_size:
+        array = x if is_ready(x, self.dtype) else as_array("x", x, self.dtype)
+        shape = array.shape
+        batched = len(shape) == 3
+        if not (batched or len(shape) == 2) or shape[-1] != self.input_size:
             raise ValueError(
-                f"`x` must have shape {self._symbols('I')} with I = {self.input_size}, got {array.shape}"
+                f"`x` must have shape {self._symbols('I')} with I = {self.input_size}, got {shape}"
                 + (", or (T, I) unbatched" if array.ndim not in (2, 3) else "")
             )
-        batched = array.ndim == 3
-        T, N = array.shape[:2] if batched else (array.shape[0], 1)
+        T, N = shape[:2] if batched else (shape[0], 1)
         if self.batch_first and batched:
             T, N = N, T
         order = sorted_lengths = None
@@ -93,7 +96,8 @@ class SequenceModel(ABC):
             if reset.shape != array.shape[:-1]:
                 raise ValueError(f"`reset` must have shape {symbols} = {array.shape[:-1]}, got {reset.shape}")
             reset = reset.reshape(T, 1) if not batched else reset.T if self.batch_first else reset
-        return Call(array, T, N, self._check_state(state, N, batched), order, sorted_lengths, reset, batched)
+        initial = self._check_state(state, N, batched)
+        return Call(array, T, N, initial, order, sorted_lengths, reset, batched)
 
 
 class LSTM(Layer, SequenceModel):
@@ -379,11 +383,9 @@ class LSTM(Layer, SequenceModel):
 
     def _record(self, call: Call, rng: object, checkpoint_every: object, owned: bool = False) -> Tape:
         """Record a checked call; `owned`: nobody else writes to its `x`."""
-        from fastlstm.tape import record_lstm
-
         every = as_interval("checkpoint_every", checkpoint_every)
         random = as_generator(rng) if self.dropout or rng is not None else None
-        return record_lstm(self, call, random, every, owned)
+        return _find_recorder()(self, call, random, every, owned)
 
     def _pack_for_training(self, params: Mapping[str, Array]) -> list[list[tuple[Direction, Lent]]]:
         """Return how each direction of each layer runs, and its panels."""
@@ -411,13 +413,17 @@ class LSTM(Layer, SequenceModel):
             raise TypeError(f"`{argument}` must be a pair ({', '.join(names)}), got {type(state).__name__}")
         if len(state) != 2:
             raise ValueError(f"`{argument}` must be a pair ({', '.join(names)}), got {len(state)} arrays")
-        count, P, H = self.num_layers * self._directions, self._output_size, self.hidden_size
+        count, P, H, dtype = self.num_layers * self._directions, self._output_size, self.hidden_size, self.dtype
+        h, c = state
+        ready = batched and is_ready(h, dtype) and is_ready(c, dtype)
+        if ready and h.shape == (count, N, P) and c.shape == (count, N, H):  # in a third of the time
+            return h, c
         checked: list[Array | None] = []
         for name, value, last, size in zip(names, state, "PH", (P, H), strict=True):
             if value is None and argument == "d_state":
                 checked.append(None)
                 continue
-            array = as_array(f"{argument}: {name}", value, self.dtype)
+            array = as_array(f"{argument}: {name}", value, dtype)
             shape = (count, N, size) if batched else (count, size)
             if array.shape != shape:
                 symbols = f"(L*D, N, {last})" if batched else f"(L*D, {last})"
@@ -599,6 +605,14 @@ class Stream:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+@functools.cache
+def _find_recorder() -> Callable[..., Tape]:
+    """Import what records a call, which brings the kernels with it, when one is first recorded."""
+    from fastlstm.tape import record_lstm
+
+    return record_lstm
 
 
 def _check_lengths(lengths: object, T: int, N: int, batched: bool) -> tuple[Array, Array]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CACHE_LINE", "Lent", "Spare", "aligned", "empty"]
+__all__ = ["CACHE_LINE", "Lent", "Spare", "aligned", "empty", "maker"]
 
 Array = NDArray[Any]
 CACHE_LINE = 64  # bytes
@@ -25,12 +28,14 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
     Float64 weight gradients of 4 MB are made at 90% of peak, and at 80% to 88% elsewhere.
     """
-    result = np.empty(shape, dtype)
-    if result.nbytes < LARGE:
-        return result
-    count = result.size
-    del result  # before there is another
-    return aligned(count, dtype).reshape(shape)
+    count = math.prod(shape)
+    return np.empty(shape, dtype) if count * dtype.itemsize < LARGE else aligned(count, dtype).reshape(shape)
+
+
+def maker(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[[], Array]:
+    """Return what makes room as `empty` does, again and again, and faster where it is small."""
+    small = math.prod(shape) * dtype.itemsize < LARGE
+    return partial(np.empty if small else empty, shape, dtype)
 
 
 class Spare:

@@ -114,7 +114,8 @@ class Layer(ABC):
     def _set_params(self, params: Mapping[str, Array]) -> None:
         owned = {name: np.ascontiguousarray(array) for name, array in params.items()}
         for array in owned.values():
-            array.flags.writeable = False
+            if array.flags.writeable:
+                array.setflags(write=False)
         self.__dict__["_params"] = owned
 
     def _packed_weights(self) -> Any:

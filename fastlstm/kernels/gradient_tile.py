@@ -24,7 +24,7 @@ from numba import types
 
 from fastlstm.kernels.activations import tanh
 from fastlstm.kernels.panels import most_vectors
-from fastlstm.kernels.simd import I64, Builder, Pointer, Vec, fma, kernel, target
+from fastlstm.kernels.simd import I1, I64, Builder, Pointer, Vec, fma, kernel, target
 from fastlstm.kernels.tile import FETCHING_ROWS, GATES
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 ROWS_AHEAD = 8  # that are fetched where rows lie apart: with a batch of thousands the backward gains a seventh
+FEW_COLUMNS = 4  # of an input up to which d_x is made of dot products: a register for each column would be near empty
 LEFT = 48  # numbers in a line of a panel that is read down its columns: a multiple of every tile's rows
 
 
@@ -121,6 +122,17 @@ def _multiply(
     return b.loop(count, segment, [zeros] * (len(rows) * vectors))
 
 
+def _in_lockstep(b: Builder, row: Pointer, depth: ir.Value, panel: Pointer, line: ir.Value, vectors: int) -> list[Vec]:
+    """Return the four parts of a single row's sum, made side by side and added in their order."""
+    starts = [b.ir.mul(depth, I64(part)) for part in range(GATES)]
+    panels = [panel + b.ir.mul(start, line) for start in starts]
+    chains = _multiply(b, [row + start for start in starts], None, depth, panels, line, vectors)
+    sums = [vec.zeros() for vec in chains[:vectors]]
+    for part in range(GATES):
+        sums = [total + chains[part * vectors + v] for v, total in enumerate(sums)]
+    return sums
+
+
 def _emit_multiply(
     b: Builder, piece: Piece, tiles, a, a_rows, a_step, depth, parts, panel, line, out, out_rows, valid, add,
     ahead, ahead_step,
@@ -151,14 +163,7 @@ def _emit_multiply(
             sums = _multiply(b, rows, a_step, depth, [base], line, vectors, lines, ahead_step)
         elif piece.lockstep:
             (row,) = _table(b, b.pointer(a), a_rows, row0, 1)
-            starts = [b.ir.mul(depth, I64(part)) for part in range(GATES)]
-            chains = _multiply(
-                b, [row + start for start in starts], None, depth,
-                [base + b.ir.mul(start, line) for start in starts], line, vectors,
-            )  # fmt: skip
-            sums = [vec.zeros() for vec in chains[:vectors]]
-            for part in range(GATES):
-                sums = [total + chains[part * vectors + v] for v, total in enumerate(sums)]
+            sums = _in_lockstep(b, row, depth, base, line, vectors)
         else:
             rows = _table(b, b.pointer(a), a_rows, row0, piece.rows)
 
@@ -204,6 +209,72 @@ def _ahead(b: Builder, table: ir.Value, row: ir.Value, rows: ir.Value) -> Pointe
     return _addressed(b, table, b.ir.select(b.ir.icmp_signed("<", later, rows), later, row))
 
 
+@dataclass(frozen=True)
+class _Row:
+    """Where the cells of one row and step are: what the forward saved, what comes back, what goes on."""
+
+    gates: Pointer  # (4H,), i, f, g, o as the forward's tile leaves them
+    c_new: Pointer
+    c: Pointer
+    d_h: Pointer
+    d_out: Pointer  # added to it
+    d_c: Pointer  # in/out
+    d_z: Pointer  # out (4, H)
+    m: tuple[Pointer, ir.Value] | None  # out, o * tanh(c'), unless the number is 0
+    ahead: tuple[Pointer, ...]  # what comes to L2 meanwhile
+    near: tuple[Pointer, ...]  # to L1
+
+
+def _emit_units(b: Builder, row: _Row, units: ir.Value, H: ir.Value) -> None:
+    """Emit the gradient of `units` cells of a row."""
+
+    def some(unit: ir.Value, valid: ir.Value | None) -> None:
+        """One register, of which `valid` units count; None: all."""
+
+        def load(pointer: Pointer) -> Vec:
+            return pointer.load(b.lanes) if valid is None else pointer.load_first(b.lanes, valid)
+
+        def store(pointer: Pointer, vec: Vec) -> None:
+            if valid is None:
+                pointer.store(vec)
+            else:
+                pointer.store_first(vec, valid)
+
+        for at in row.near:
+            (at + unit).prefetch(near=True)
+        for at in row.ahead:
+            (at + unit).prefetch()
+        block, width = row.gates + b.ir.mul(unit, I64(GATES)), I64(b.lanes) if valid is None else valid
+        i, f, g, o = (load(block + b.ir.mul(width, I64(which))) for which in range(GATES))
+        d_m = load(row.d_h + unit) + load(row.d_out + unit)
+        t = tanh(load(row.c_new + unit)).value()
+        d_cell = fma(d_m * o, 1.0 - t * t, load(row.d_c + unit))
+        d_gates = [
+            d_cell * g * (i * (1.0 - i)),
+            d_cell * load(row.c + unit) * (f * (1.0 - f)),
+            d_cell * i * (1.0 - g * g),
+            d_m * t * (o * (1.0 - o)),
+        ]
+        for which, d_gate in enumerate(d_gates):
+            store(row.d_z + b.ir.add(unit, b.ir.mul(H, I64(which))), d_gate)
+        store(row.d_c + unit, d_cell * f)
+        if row.m is not None:
+            m, wanted = row.m
+            with b.ir.if_then(b.ir.icmp_signed("!=", wanted, I64(0))):
+                store(m + unit, o * t)
+
+    def whole(n: ir.Value, _: list[Vec]) -> list[Vec]:
+        some(b.ir.mul(n, I64(b.lanes)), None)
+        return []
+
+    registers = b.ir.sdiv(units, I64(b.lanes))
+    b.loop(registers, whole)
+    first = b.ir.mul(registers, I64(b.lanes))
+    rest = b.ir.sub(units, first)
+    with b.ir.if_then(b.ir.icmp_signed(">", rest, I64(0))):
+        some(first, rest)
+
+
 def _emit_cell(
     b: Builder, _: object, rows, units, H, d_h, d_h_stride, d_out, d_out_rows, d_out_next, gates, c_new, c_next, c,
     d_c, d_c_stride, d_z, d_z_rows, m, keep_m,
@@ -211,69 +282,90 @@ def _emit_cell(
     """Emit the gradient of the cell for `units` units of each row.
 
     d_h : (rows, units), `d_h_stride` apart.  d_out : rows at `d_out_rows`, added to it; those of the next step,
-    or slice, lie `d_out_next` numbers further and come to L2 meanwhile.
-    gates : (rows, 4H), i, f, g, o as the forward's tile leaves them.  c_new : (rows, H); what lies `c_next` numbers
-    further comes to L2 meanwhile.  c : a table of the rows' addresses.
-    d_c : in/out (rows, units), `d_c_stride` apart.  d_z : out (4, H), rows at `d_z_rows`.
+    or slice, lie `d_out_next` numbers further and come to L2 meanwhile: ocr's backward gains 4% to 10%.
+    gates : (rows, 4H).  c_new : (rows, H); what lies `c_next` numbers further comes to L2 meanwhile.
+    c : a table of the rows' addresses.  d_c : in/out (rows, units), `d_c_stride` apart.
+    d_z : out (4, H), rows at `d_z_rows`.
     m : out (rows, units), o * tanh(c'), rows at a quarter of `d_z_rows`; none where `keep_m` is 0.
     """
 
     def one_row(row: ir.Value, _: list[Vec]) -> list[Vec]:
-        carried = b.pointer(d_h) + b.ir.mul(row, d_h_stride)
-        gates_at = b.pointer(gates) + b.ir.mul(row, b.ir.mul(H, I64(GATES)))
-        c_new_at = b.pointer(c_new) + b.ir.mul(row, H)
-        d_c_at = b.pointer(d_c) + b.ir.mul(row, d_c_stride)
         (given,) = _table(b, b.pointer(d_out), d_out_rows, row, 1)
         (z_at,) = _table(b, b.pointer(d_z), d_z_rows, row, 1)
         z_offset = b.ir.load(b.ir.gep(b.ir.inttoptr(d_z_rows, I64.as_pointer()), [row]))
-        m_at = b.pointer(m) + b.ir.sdiv(z_offset, I64(GATES))
-        c_at, c_ahead = _addressed(b, c, row), _ahead(b, c, row, rows)
-
-        def some_units(unit: ir.Value, valid: ir.Value | None) -> None:
-            """One register, of which `valid` units count; None: all."""
-
-            def load(pointer: Pointer) -> Vec:
-                return pointer.load(b.lanes) if valid is None else pointer.load_first(b.lanes, valid)
-
-            def store(pointer: Pointer, vec: Vec) -> None:
-                if valid is None:
-                    pointer.store(vec)
-                else:
-                    pointer.store_first(vec, valid)
-
-            (c_ahead + unit).prefetch(near=True)
-            (given + d_out_next + unit).prefetch()  # ocr's backward gains 4% to 10%
-            (c_new_at + c_next + unit).prefetch()
-            block, width = gates_at + b.ir.mul(unit, I64(GATES)), I64(b.lanes) if valid is None else valid
-            i, f, g, o = (load(block + b.ir.mul(width, I64(which))) for which in range(GATES))
-            d_m = load(carried + unit) + load(given + unit)
-            t = tanh(load(c_new_at + unit)).value()
-            d_cell = fma(d_m * o, 1.0 - t * t, load(d_c_at + unit))
-            d_gates = [
-                d_cell * g * (i * (1.0 - i)),
-                d_cell * load(c_at + unit) * (f * (1.0 - f)),
-                d_cell * i * (1.0 - g * g),
-                d_m * t * (o * (1.0 - o)),
-            ]
-            for which, d_gate in enumerate(d_gates):
-                store(z_at + b.ir.add(unit, b.ir.mul(H, I64(which))), d_gate)
-            store(d_c_at + unit, d_cell * f)
-            with b.ir.if_then(b.ir.icmp_signed("!=", keep_m, I64(0))):
-                store(m_at + unit, o * t)
-
-        def whole(n: ir.Value, _: list[Vec]) -> list[Vec]:
-            some_units(b.ir.mul(n, I64(b.lanes)), None)
-            return []
-
-        registers = b.ir.sdiv(units, I64(b.lanes))
-        b.loop(registers, whole)
-        first = b.ir.mul(registers, I64(b.lanes))
-        rest = b.ir.sub(units, first)
-        with b.ir.if_then(b.ir.icmp_signed(">", rest, I64(0))):
-            some_units(first, rest)
+        c_new_at = b.pointer(c_new) + b.ir.mul(row, H)
+        cells = _Row(
+            gates=b.pointer(gates) + b.ir.mul(row, b.ir.mul(H, I64(GATES))),
+            c_new=c_new_at,
+            c=_addressed(b, c, row),
+            d_h=b.pointer(d_h) + b.ir.mul(row, d_h_stride),
+            d_out=given,
+            d_c=b.pointer(d_c) + b.ir.mul(row, d_c_stride),
+            d_z=z_at,
+            m=(b.pointer(m) + b.ir.sdiv(z_offset, I64(GATES)), keep_m),
+            ahead=(given + d_out_next, c_new_at + c_next),
+            near=(_ahead(b, c, row, rows),),
+        )
+        _emit_units(b, cells, units, H)
         return []
 
     b.loop(rows, one_row)
+
+
+def _emit_retrace(
+    b: Builder, _: object, steps, H, columns, d_h, d_c, d_out, d_out_step, gates, c_new, c_step, c_last, d_z, d_z_step,
+    panel,
+) -> None:  # fmt: skip
+    """Emit steps of a single row backward: the gradient of its cells, and d_h = d_z W_hh to the step before.
+
+    From step to step d_out, c_new and d_z move by `d_out_step`, `c_step` and `d_z_step` numbers, the gates by four
+    times `c_step`.  The c of a step is the c_new of the next; of the last it is at `c_last`.
+    d_h, d_c : in/out (H,).  panel : of W_hh, as it is; `columns` is H in whole registers.
+    """
+    blocks = b.ir.sdiv(b.ir.add(columns, I64(most_vectors() - 1)), I64(most_vectors()))
+
+    def block_start(block: ir.Value) -> ir.Value:
+        return b.ir.sdiv(b.ir.mul(columns, block), blocks)
+
+    def step(s: ir.Value, _: list[Vec]) -> list[Vec]:
+        offset = b.ir.mul(s, c_step)
+        c_new_at = b.pointer(c_new) + offset
+        last = b.ir.icmp_signed("==", b.ir.add(s, I64(1)), steps)
+        z_at = b.pointer(d_z) + b.ir.mul(s, d_z_step)
+        given = b.pointer(d_out) + b.ir.mul(s, d_out_step)
+        cells = _Row(
+            gates=b.pointer(gates) + b.ir.mul(offset, I64(GATES)),
+            c_new=c_new_at,
+            c=Pointer(b, b.ir.select(last, b.pointer(c_last).value, (c_new_at + c_step).value)),
+            d_h=b.pointer(d_h),
+            d_out=given,
+            d_c=b.pointer(d_c),
+            d_z=z_at,
+            m=None,
+            ahead=(),
+            near=(),
+        )
+        _emit_units(b, cells, H, H)
+
+        def one_block(nth: ir.Value, _: list[Vec]) -> list[Vec]:
+            other_way = b.ir.sub(b.ir.sub(blocks, I64(1)), nth)
+            block = b.ir.select(b.ir.trunc(s, I1), other_way, nth)
+            first = block_start(block)
+            count = b.ir.sub(block_start(b.ir.add(block, I64(1))), first)
+            at = b.ir.mul(first, I64(b.lanes))
+            base = b.pointer(panel) + b.ir.mul(b.ir.mul(at, H), I64(GATES))
+            for vectors in range(1, most_vectors() + 1):
+                with b.ir.if_then(b.ir.icmp_signed("==", count, I64(vectors))):
+                    sums = _in_lockstep(b, z_at, H, base, I64(vectors * b.lanes), vectors)
+                    for v, vec in enumerate(sums):
+                        begin = b.ir.add(at, I64(v * b.lanes))
+                        (b.pointer(d_h) + begin).store_first(vec, b.ir.sub(H, begin))
+            return []
+
+        b.loop(blocks, one_block)
+        return []
+
+    b.loop(steps, step)
 
 
 def _emit_pack(b: Builder, vectors: int, rows, source, offset, valid, out, line) -> None:
@@ -292,6 +384,60 @@ def _emit_pack(b: Builder, vectors: int, rows, source, offset, valid, out, line)
         return []
 
     b.loop(rows, one_row)
+
+
+def _emit_dots(b: Builder, columns: int, rows, a, a_rows, depth, panel, out, out_rows, add) -> None:
+    """Emit out[row] (+)= sum over k of a[row][k] * panel[column][k] for a few columns.
+
+    Each lane of a register has a sum of its own, and in the end they are added in pairs.
+    a : rows at `a_rows`, `depth` numbers each.  panel : (columns, depth).  out : rows at `out_rows`.
+    add : 1 adds to what is there, 0 does not read it.
+    """
+    weights = [b.pointer(panel) + b.ir.mul(depth, I64(column)) for column in range(columns)]
+    there = b.ir.select(b.ir.icmp_signed("!=", add, I64(0)), I64(1), I64(0))
+    whole = b.ir.sdiv(depth, I64(b.lanes))
+    first = b.ir.mul(whole, I64(b.lanes))
+    rest = b.ir.sub(depth, first)
+
+    def one_row(row: ir.Value, _: list[Vec]) -> list[Vec]:
+        (from_,) = _table(b, b.pointer(a), a_rows, row, 1)
+        (to,) = _table(b, b.pointer(out), out_rows, row, 1)
+
+        def some(n: ir.Value, sums: list[Vec]) -> list[Vec]:
+            k = b.ir.mul(n, I64(b.lanes))
+            numbers = (from_ + k).load(b.lanes)
+            return [fma(numbers, (at + k).load(b.lanes), total) for at, total in zip(weights, sums, strict=True)]
+
+        zeros = b.splat(ir.Constant(b.scalar, 0.0), b.lanes)
+        sums = b.loop(whole, some, [zeros] * columns)
+        numbers = (from_ + first).load_first(b.lanes, rest)
+        for column, (at, total) in enumerate(zip(weights, sums, strict=True)):
+            vec = fma(numbers, (at + first).load_first(b.lanes, rest), total)
+            while vec.lanes > 1:
+                half = vec.lanes // 2
+                vec = vec.part(0, half) + vec.part(half, half)
+            (to + column).store(vec + (to + column).load_first(1, there))
+        return []
+
+    b.loop(rows, one_row)
+
+
+def _emit_turn(b: Builder, _: object, rows, count, source, line, out, stride, add) -> None:
+    """Emit out[j][row] (+)= source[row][j]: `rows` rows of `count` numbers, lines `line` and `stride` apart."""
+    there = b.ir.select(b.ir.icmp_signed("!=", add, I64(0)), I64(1), I64(0))
+
+    def one_line(j: ir.Value, _: list[Vec]) -> list[Vec]:
+        from_, to = b.pointer(source) + j, b.pointer(out) + b.ir.mul(j, stride)
+
+        def one(row: ir.Value, _: list[Vec]) -> list[Vec]:
+            number = (from_ + b.ir.mul(row, line)).load(1)
+            (to + row).store(number + (to + row).load_first(1, there))
+            return []
+
+        b.loop(rows, one)
+        return []
+
+    b.loop(count, one_line)
 
 
 def _emit_add(b: Builder, _: object, rows, count, left, left_stride, right, right_rows, out, out_rows) -> None:
@@ -353,3 +499,33 @@ def add_kernel(dtype: np.dtype):
         tile(table)
 
     return add, types.void(types.int64)
+
+
+def retrace_kernel(dtype: np.dtype):
+    """Describe the steps of a single row backward: of an int64 table, a 0 and what `_emit_retrace` takes."""
+    tile = kernel(dtype, "retrace", 14, _emit_retrace, {0: None})
+
+    def retrace(table):
+        tile(table)
+
+    return retrace, types.void(types.int64)
+
+
+def dots_kernel(dtype: np.dtype):
+    """Describe a product of few columns: of an int64 table, the columns less one and what `_emit_dots` takes."""
+    tile = kernel(dtype, "dots", 8, _emit_dots, dict(enumerate(range(1, FEW_COLUMNS + 1))))
+
+    def dots(table):
+        tile(table)
+
+    return dots, types.void(types.int64)
+
+
+def turn_kernel(dtype: np.dtype):
+    """Describe the transpose of a few rows: of an int64 table, a 0 and what `_emit_turn` takes."""
+    tile = kernel(dtype, "turn", 7, _emit_turn, {0: None})
+
+    def turn(table):
+        tile(table)
+
+    return turn, types.void(types.int64)

@@ -39,9 +39,22 @@ from fastlstm.kernels.tile import (
 )
 from fastlstm.memory import CACHE_LINE, Lent, Spare, aligned
 
-__all__ = ["Network", "Sizes", "Strategy", "StreamRunner", "load_tiles"]
+__all__ = [
+    "Course",
+    "Network",
+    "Sizes",
+    "Strategy",
+    "StreamRunner",
+    "choose_strategy",
+    "deal_rows",
+    "load_tiles",
+    "lying",
+]
 
 Array = NDArray[Any]
+
+Strides = tuple[int, int, int, int]
+"""x_step, x_row, out_step, out_row in bytes."""
 
 PARALLEL_WORK = 2 << 20  # multiply-adds of a call below which a parallel region does not pay
 UNITS_WORK = 16 << 10  # multiply-adds of a step below which the team's barrier costs more than it gains
@@ -111,7 +124,7 @@ class Network:
         self._zeros = aligned(GATES * self.p_cut.padded, dtype)
         self._zeros[:] = 0
         self._no_bias = np.zeros(GATES * sizes.H, dtype)
-        self._idle: dict[tuple[Any, ...], Workspace] = {}  # of calls before, for calls like them
+        self._courses: dict[tuple[Any, ...], Course] = {}  # of calls before, for calls like them
         self._spare = Spare(KEPT_PANELS)
         matrices = ("weight_ih", "weight_hh", "weight_hr")[: 2 + self.projected]
         self._names = [(f"bias_ih{s}", f"bias_hh{s}", [name + s for name in matrices]) for s in suffixes]
@@ -153,7 +166,8 @@ class Network:
         weights = []
         for b_ih, b_hh, matrices in self._names:
             weights.append(params[b_ih] + params[b_hh] if b_ih in params else self._no_bias)
-            weights += [params[name] for name in matrices]
+            for name in matrices:
+                weights.append(params[name])
         panels = self._spare.lend(self._packing.size, self.dtype)
         self._packing.make(weights, panels.array)
         return panels
@@ -213,65 +227,104 @@ class Network:
         return plan.values()
 
     def forward(
-        self, panels: Lent, x: Array, out: Array, strides: tuple[int, int, int, int], T: int, N: int,
+        self, panels: Lent, x: Array, out: Array, strides: Strides, T: int, N: int,
         state_in: tuple[Array | None, Array | None], state_out: tuple[Array, Array],
         order: Array | None = None, lengths: Array | None = None, reset: Array | None = None,
-        how: Strategy | None = None, saved: Array | None = None, dealt: bool = False,
+        how: Strategy | None = None,
     ) -> None:  # fmt: skip
         """Run a batch of sequences.
 
         x, out : contiguous, addressed by `strides` = (x_step, x_row, out_step, out_row) in bytes.
         state_in, state_out : (L*D, N, P) and (L*D, N, H); None is zeros.  order, lengths : int64 (N,), rows by falling
-        length and those lengths.  reset : bool (T, N), any strides.  saved : what the plan says, rows in that order,
-        written for the backward.  dealt : whether rows are dealt to the groups of `how` already.
+        length and those lengths.  reset : bool (T, N), any strides.
         """
         threads_now = threads.get_num_threads()
         if order is not None and lengths is not None:
             how = how or choose_strategy(self, N, T, threads_now, lengths)
-            if how.shares == 1 and how.groups > 1 and not dealt:
+            if how.shares == 1 and how.groups > 1:
                 order, lengths = deal_rows(order, lengths, how.groups)
-        key = (T, N, strides, threads_now, saved is None, how, lengths is None)
-        space = self._idle.pop(key, None) if reset is None else None
+        key = (T, N, strides, threads_now, how, lengths is None)
+        course = self._courses.get(key)
+        if course is None:
+            course = Course(T, N, strides, how or choose_strategy(self, N, T, threads_now, lengths))
+            self._courses[key] = course  # without a lock, which a fork could leave taken
+            if len(self._courses) > KEPT_WORKSPACES:
+                with suppress(StopIteration, RuntimeError):  # another thread was faster
+                    self._courses.pop(next(iter(self._courses)), None)
+        self.run(course, panels, x, out, state_in, state_out, order, lengths, reset)
+
+    def run(
+        self, course: Course, panels: Lent, x: Array, out: Array, state_in: tuple[Array | None, Array | None],
+        state_out: tuple[Array, Array], order: Array | None, lengths: Array | None, reset: Array | None,
+        saved: Array | None = None,
+    ) -> None:  # fmt: skip
+        """Run a batch of sequences of a course's size; rows are dealt to its groups already.
+
+        saved : what the plan says, rows in that order, written for the backward.
+        """
+        recorded = saved is not None
+        space = course.take(recorded) if reset is None else None
         if space is None:
-            how = how or choose_strategy(self, N, T, threads_now, lengths)
-            values = {
-                "T": T, "N": N, "order": address(order), "lengths": address(lengths), "reset": address(reset),
-            }  # fmt: skip
-            names = ("x_step", "x_row", "out_step", "out_row")
-            values |= {name: stride // self.dtype.itemsize for name, stride in zip(names, strides, strict=True)}
-            if reset is not None:
-                values |= {"reset_step": reset.strides[0], "reset_row": reset.strides[1]}
-            space = Workspace(self, N, T, how, saved is not None, values)
+            space = Workspace(self, course, recorded, order, lengths, reset)
         elif lengths is not None:
             space.plan[ROWS : ROWS + 2] = address(order), address(lengths)
         space.run(x, out, *state_out, *state_in, panels.array, saved)
-        if reset is None and space.buffer.nbytes <= KEPT_SCRATCH:
-            self._keep(key, space)
-
-    def _keep(self, key: tuple[Any, ...], space: Workspace) -> None:
-        """Leave a workspace to the next call like this one; without a lock, which a fork could leave taken."""
-        self._idle[key] = space
-        if len(self._idle) > KEPT_WORKSPACES:
-            with suppress(StopIteration, RuntimeError):  # another thread was faster
-                self._idle.pop(next(iter(self._idle)), None)
+        if reset is None:
+            course.leave(space)
 
     def stream(self, panels: Lent, N: int) -> StreamRunner:
         """Return a runner that keeps a state."""
         return StreamRunner(self, panels, N)
 
 
-class Workspace(Prepared):
-    """The scratch of a call and the plan that points into it; state in buffers of its own unless the plan has them."""
+def lying(x: Array, out: Array) -> Strides:
+    """Return how x (T, N, I) and out (T, N, P) lie in memory."""
+    (x_step, x_row, _), (out_step, out_row, _) = x.strides, out.strides
+    return x_step, x_row, out_step, out_row
 
-    def __init__(self, network: Network, N: int, T: int, how: Strategy, recorded: bool, values: dict[str, int]) -> None:
-        h_bytes, c_bytes = (0, 0) if "h" in values else network.state_bytes(N)
+
+class Course:
+    """How calls of one size are run, and the workspaces that some of them have left to the next."""
+
+    __slots__ = ("N", "T", "_idle", "how", "strides")
+
+    def __init__(self, T: int, N: int, strides: Strides, how: Strategy) -> None:
+        self.T, self.N, self.strides, self.how = T, N, strides, how
+        self._idle: dict[bool, Workspace] = {}  # by whether the call is recorded
+
+    def take(self, recorded: bool) -> Workspace | None:
+        """Return a workspace, unless it is in use."""
+        return self._idle.pop(recorded, None)
+
+    def leave(self, space: Workspace) -> None:
+        """Leave a workspace to the next call, unless it is large."""
+        if space.nbytes <= KEPT_SCRATCH:
+            self._idle[space.recorded] = space
+
+
+class Workspace(Prepared):
+    """The scratch of a call and the plan that points into it; its state too unless `values`, of the plan, has it."""
+
+    def __init__(
+        self, network: Network, course: Course, recorded: bool, order: Array | None = None,
+        lengths: Array | None = None, reset: Array | None = None, values: Mapping[str, int] | None = None,
+    ) -> None:  # fmt: skip
+        T, N, how, size = course.T, course.N, course.how, network.dtype.itemsize
+        h_bytes, c_bytes = (0, 0) if values else network.state_bytes(N)
         scratch_bytes, offsets = network.scratch_bytes(N, T, how)
-        self.buffer = aligned(h_bytes + c_bytes + scratch_bytes, np.dtype(np.uint8))
-        base = address(self.buffer)
-        own = {"h": base, "c": base + h_bytes} | values
-        counters = self.buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
+        buffer = aligned(h_bytes + c_bytes + scratch_bytes, np.dtype(np.uint8))
+        base = address(buffer)
+        x_step, x_row, out_step, out_row = (stride // size for stride in course.strides)
+        reset_step, reset_row = (0, 0) if reset is None else reset.strides
+        own = {
+            "T": T, "N": N, "x_step": x_step, "x_row": x_row, "out_step": out_step, "out_row": out_row,
+            "order": address(order), "lengths": address(lengths), "reset": address(reset),
+            "reset_step": reset_step, "reset_row": reset_row, "h": base, "c": base + h_bytes,
+        } | dict(values or {})  # fmt: skip
+        counters = buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
         numbers = network.plan(base + h_bytes + c_bytes, offsets, how, recorded, **own)
-        super().__init__(numbers, counters, how.ranks, alike=not values.get("lengths"))
+        self.buffer, self.nbytes, self.recorded = buffer, buffer.nbytes, recorded
+        super().__init__(numbers, counters, how.ranks, alike=lengths is None)
 
 
 class StreamRunner:
@@ -285,10 +338,9 @@ class StreamRunner:
         self._state = aligned(h_bytes + c_bytes, np.dtype(np.uint8))
         self._state[:] = 0
         base = address(self._state)
-        self._values = {
-            "keep": 1, "N": N, "h": base, "c": base + h_bytes, "panels": address(panels.array),
-            "x_row": s.I, "out_row": s.P, "x_step": N * s.I, "out_step": N * s.P,
-        }  # fmt: skip
+        i, o = s.I * network.dtype.itemsize, s.P * network.dtype.itemsize
+        self._strides = N * i, i, N * o, o
+        self._values = {"keep": 1, "h": base, "c": base + h_bytes, "panels": address(panels.array)}
         self._space = self._workspace(1, Strategy(1, 1, 1, False, 1))
         self._chunk, self._chunk_key = self._space, (0, 0)  # of the chunk before
         self._plan = self._space.plan
@@ -299,7 +351,7 @@ class StreamRunner:
         self._c = self._c.reshape(s.L, N, network.cut.padded)
 
     def _workspace(self, T: int, how: Strategy) -> Workspace:
-        return Workspace(self.network, self.N, T, how, False, self._values | {"T": T})
+        return Workspace(self.network, Course(T, self.N, self._strides, how), False, values=self._values)
 
     def stepper(self) -> Callable[[Array, Array], Array]:
         """Return a function that runs one step, x (N, I) -> out (N, P), and returns out."""

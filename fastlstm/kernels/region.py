@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -121,12 +121,10 @@ class Prepared:
         self._counters, self._ranks = counters, ranks
         self._pace = threads.Pace() if alike else None
         self.run_serial = bind(self.plan)
-
-    def run(self, *arrays: Array | None) -> None:
+        self.run: Callable[..., Any] = self.run_serial if ranks == 1 else self._run
         """Run the plan with the addresses of these arrays, 0 for None, in a parallel region or on this thread."""
-        if self._ranks == 1:
-            self.run_serial(*arrays)
-            return
+
+    def _run(self, *arrays: Array | None) -> None:
         begun, pace = time.perf_counter_ns(), self._pace
         self._counters[:] = 0
         if pace is None or pace.allows_region(begun):

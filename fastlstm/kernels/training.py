@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,24 +12,34 @@ from fastlstm import threads
 from fastlstm.kernels.backward import DOWN_DEPTH, PLAN, TABLES, TABLES_AT, backward_kernel
 from fastlstm.kernels.call import address
 from fastlstm.kernels.compile import entry
-from fastlstm.kernels.gradient_tile import LEFT, add_kernel, cell_kernel, multiply_kernel, pack_kernel
-from fastlstm.kernels.network import Network, Sizes, Strategy, choose_strategy, deal_rows
+from fastlstm.kernels.gradient_tile import (
+    FEW_COLUMNS,
+    LEFT,
+    add_kernel,
+    cell_kernel,
+    dots_kernel,
+    multiply_kernel,
+    pack_kernel,
+    retrace_kernel,
+    turn_kernel,
+)
+from fastlstm.kernels.network import Course, Network, Sizes, choose_strategy, deal_rows, lying
 from fastlstm.kernels.panels import Packing, natural_panel
 from fastlstm.kernels.product import SERIAL_WORK, Product
 from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.simd import target
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import GATES, KEPT
-from fastlstm.memory import Lent, Spare, aligned, empty
+from fastlstm.memory import Lent, Spare, aligned, empty, maker
 
-__all__ = ["Direction", "LinearGradients", "Rows", "Steps"]
+__all__ = ["EVERY_ROW", "Direction", "LinearGradients", "Rows", "Steps", "Way"]
 
 Array = NDArray[Any]
 
 CHUNK_ROWS = 256  # of d_z in a chunk, so that d_W is a product of some depth and the chunk stays in cache
 LARGE_GRADIENTS = 4 << 20  # bytes of d_W that had better not be read at every chunk
 LARGE_CHUNK_ROWS = 512
-KEPT_SPACES = 4
+KEPT_WAYS = 4
 NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"
 KEPT_SPACE, KEPT_ROOM = 8 << 20, 64 << 20  # bytes of a scratch and of a tape that are left to the next call
 
@@ -45,20 +54,32 @@ class Rows(NamedTuple):
     reset: Array | None  # (T, N) bool
 
     @classmethod
-    def of(cls, T: int, order: Array | None, lengths: Array | None, reset: Array | None, groups: int) -> Rows:
-        """Deal rows to groups: `order` (N,) by falling length, `lengths` (N,) in the order of the batch."""
+    def of(cls, T: int, order: Array | None, lengths: Array | None, reset: Array | None, way: Way) -> Rows:
+        """Deal rows to the groups of a way: `order` (N,) by falling length, `lengths` (N,) in the batch's order."""
         if order is None or lengths is None:
-            return _ALL if reset is None else _ALL._replace(reset=reset)
+            return EVERY_ROW if reset is None else EVERY_ROW._replace(reset=reset)
         places = np.empty(len(order), np.int64)
         places[order] = np.arange(len(order))
         falling = lengths[order]
         active = np.searchsorted(-falling, -np.arange(T), "left")
-        if groups > 1:
-            order, falling = deal_rows(order, falling, groups)
+        how = way.course.how
+        if how.shares == 1 and how.groups > 1:
+            order, falling = deal_rows(order, falling, how.groups)
         return cls(order, falling, places[order], active, reset)
 
 
-_ALL = Rows(None, None, None, None, None)
+EVERY_ROW = Rows(None, None, None, None, None)
+"""All rows take part in all steps, and no state is cut."""
+
+
+class Way:
+    """How some steps of one direction are run forward and backward, and the scratch that a backward has left."""
+
+    __slots__ = ("course", "idle")
+
+    def __init__(self, course: Course) -> None:
+        self.course = course
+        self.idle: dict[int, BackwardSpace] = {}  # by threads; one of them
 
 
 class Steps(NamedTuple):
@@ -69,7 +90,7 @@ class Steps(NamedTuple):
     h_0: Array | None  # (N, P)
     c_0: Array | None  # (N, H)
     rows: Rows
-    how: Strategy
+    way: Way
 
 
 def _chunk_rows(gradients: int) -> int:
@@ -94,7 +115,7 @@ class Direction:
         self.reverse = reverse
         shapes = {name: params[name + suffix].shape for name in NAMES if name + suffix in params}
         self.dtype = params["weight_ih" + suffix].dtype
-        self.weights = [(name, name + suffix, partial(empty, shape, self.dtype)) for name, shape in shapes.items()]
+        self.weights = [(name, name + suffix, maker(shape, self.dtype)) for name, shape in shapes.items()]
         """Name, name with the suffix, and what makes room for a gradient."""
         self.projected = "weight_hr" in shapes
         J, self.I = shapes["weight_ih"]
@@ -103,20 +124,24 @@ class Direction:
         ramp = np.arange(J, dtype=np.int64)
         self.ramp_i, self.ramp_p, self.ramp_h = ramp * self.I, ramp * self.P, ramp[: self.P] * self.H
         self._chunk_rows = _chunk_rows(J * (self.I + self.P) * self.dtype.itemsize)
-        self._idle: dict[tuple[Any, ...], BackwardSpace] = {}
-        self._strategies: dict[tuple[int, int, int], Strategy] = {}
+        self._ways: dict[tuple[Any, ...], Way] = {}  # of calls before, for calls like them
         self._spare = Spare(KEPT_ROOM)  # of tapes
         self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, [suffix], reverse, natural=True)
 
-    def choose(self, N: int, T: int, lengths: Array | None) -> Strategy:
-        """Choose how some steps are shared out, forward and backward."""
-        key = N, T, threads.get_num_threads()
-        how = self._strategies.get(key) if lengths is None else None
-        if how is None:
-            how = choose_strategy(self.network, *key, lengths)
-            if lengths is None and len(self._strategies) < KEPT_SPACES:
-                self._strategies[key] = how
-        return how
+    def way(self, x: Array, out: Array, lengths: Array | None) -> Way:
+        """Return how steps of the size of x (T, N, I) are run; x and out as in `Steps`."""
+        count = threads.get_num_threads()
+        T, N, _ = x.shape
+        how = None if lengths is None else choose_strategy(self.network, N, T, count, lengths)
+        strides = lying(x, out)
+        key = T, N, strides, count, how
+        way = self._ways.get(key)
+        if way is None:
+            how = how or choose_strategy(self.network, N, T, count, None)
+            if len(self._ways) >= KEPT_WAYS:
+                self._ways.clear()
+            way = self._ways[key] = Way(Course(T, N, strides, how))
+        return way
 
     def chunk_steps(self, N: int) -> int:
         """Return how many steps of so many rows make a chunk."""
@@ -128,14 +153,19 @@ class Direction:
 
     def forward(self, panels: Lent, steps: Steps, h_n: Array, c_n: Array, saved: Lent | None) -> None:
         """Run some steps: writes `steps.out`, h_n (N, P), c_n (N, H), and to its `room` what the backward needs."""
-        x, out, h_0, c_0, rows, how = steps
-        T, N, _ = x.shape
-        x_step, x_row, _ = x.strides
-        out_step, out_row, _ = out.strides
-        self.network.forward(
-            panels, x, out, (x_step, x_row, out_step, out_row), T, N, (h_0, c_0), (h_n, c_n),
-            rows.order, rows.lengths, rows.reset, how, None if saved is None else saved.array, True,
-        )  # fmt: skip
+        x, out, h_0, c_0, rows, way = steps
+        room = None if saved is None else saved.array
+        ends = (h_0, c_0), (h_n, c_n)
+        self.network.run(way.course, panels, x, out, *ends, rows.order, rows.lengths, rows.reset, room)
+
+    def forward_again(self, panels: Lent, steps: Steps, saved: Lent) -> None:
+        """Run some steps a second time, for what the backward needs alone."""
+        course = steps.way.course
+        out = np.empty_like(steps.out)
+        if out.strides != steps.out.strides:  # of one of two directions
+            steps = steps._replace(way=Way(Course(course.T, course.N, lying(steps.x, out), course.how)))
+        h_n, c_n = np.empty((course.N, self.P), self.dtype), np.empty((course.N, self.H), self.dtype)
+        self.forward(panels, steps._replace(out=out), h_n, c_n, saved)
 
     def backward(
         self, panels: Lent, steps: Steps, saved: Lent, d_out: Array | None, d_state: tuple[Array | None, Array | None],
@@ -147,50 +177,51 @@ class Direction:
         d_initial : out (N, P), (N, H), of the state before.  d_x : out (T, N, I).
         d_w : out, by name but for `bias_hh`, which is as `bias_ih`.  add_x, add_w : whether to add to what is there.
         """
-        x, out, h_0, c_0, rows, how = steps
-        T, N, _ = x.shape
-        ranks = min(how.ranks, threads.get_num_threads())
-        slices, groups = 1, how.groups
-        if rows.order is None:
-            slices = -(-N // self._chunk_rows)
-        if slices > 1:
-            groups = -(-how.groups // (slices * ranks)) * ranks
-        key = (T, N, slices, how.shares > 1, groups, ranks, rows.lengths is None)
-        space = self._idle.pop(key, None) or self._space(*key)
-        space.lay_out((x, out, d_out, d_x, rows.reset), add_x, add_w)
+        x, out, h_0, c_0, rows, way = steps
+        ranks = min(way.course.how.ranks, threads.get_num_threads())
+        space = way.idle.pop(ranks, None) or self._space(way.course, ranks, rows.lengths is None)
+        space.lay_out(d_out, d_x, rows.reset, add_x, add_w)
         space.run(
             x, out, saved.array, panels.array, h_0, c_0, d_out, *d_state, *d_initial, d_x,
             d_w["weight_ih"], d_w["weight_hh"], d_w.get("bias_ih"), d_w.get("weight_hr"),
             rows.order, rows.lengths, rows.places, rows.active, rows.reset,
         )  # fmt: skip
-        if space.buffer.nbytes <= KEPT_SPACE:
-            if len(self._idle) >= KEPT_SPACES:
-                self._idle.clear()
-            self._idle[key] = space
+        if space.nbytes <= KEPT_SPACE:
+            way.idle = {ranks: space}
 
-    def _space(
-        self, T: int, N: int, slices: int, units_apart: bool, groups: int, ranks: int, alike: bool
-    ) -> BackwardSpace:
-        """Return the scratch and the plan of a backward of so many steps and rows; `alike`: always of all of them."""
+    def _space(self, course: Course, ranks: int, alike: bool) -> BackwardSpace:
+        """Return the scratch and the plan of a backward of steps like these; `alike`: always of all rows."""
+        T, N, units_apart = course.T, course.N, course.how.shares > 1
+        slices, groups = 1, course.how.groups
+        if alike:
+            slices = -(-N // self._chunk_rows)
+        if slices > 1:
+            groups = -(-groups // (slices * ranks)) * ranks
         I, P, H, size = self.I, self.P, self.H, self.dtype.itemsize
         chunk = self.chunk_steps(N)
         most = min(chunk, T) * -(-N // slices)
         projected = int(self.projected)
+        dots = I <= FEW_COLUMNS
+        single = alike and not projected and not units_apart and groups * slices >= N
         parts = {
             "d_h": N * P * size, "d_c": N * H * size, "d_m": projected * N * H * size, "d_z": most * GATES * H * size,
             "m": projected * most * H * size, "d_h_out": projected * most * P * size,
             "left_h": projected * most * LEFT * -(-P // LEFT) * size,
             "panel_h": most * _padded(P, self.dtype) * size,
             "panel_m": projected * most * _padded(H, self.dtype) * size,
+            "w_ih_t": dots * I * GATES * H * size,
         }  # fmt: skip
         plan = {
             "T": T, "N": N, "P": P, "H": H, "reverse": int(self.reverse), "projected": projected, "parts": GATES,
             "zeros": address(self.zeros), "cell": entry(cell_kernel, self.dtype),
             "add": entry(add_kernel, self.dtype) if projected else 0,
+            "dots": entry(dots_kernel, self.dtype) if dots else 0,
+            "retrace": entry(retrace_kernel, self.dtype) if single else 0,
             "chunk": chunk, "slices": slices, "units_apart": int(units_apart), "groups": groups,
             **dict(zip(("w_ih", "w_hh", "w_hr"), self.network.natural_offsets, strict=False)),
             "ramp_p": address(self.ramp_p), "ramp_h": address(self.ramp_h),
         }  # fmt: skip
+        plan |= {name: stride // size for name, stride in zip(LAYOUT[:4], course.strides, strict=True)}
         return BackwardSpace(plan, parts, ranks, most, (GATES * H, I), self.dtype, self.ramp_i, alike)
 
 
@@ -200,6 +231,7 @@ def _padded(columns: int, dtype: np.dtype[Any]) -> int:
     return -(-columns // lanes) * lanes
 
 
+_ramp_left = np.arange(target().lanes(np.dtype(np.float32)), dtype=np.int64) * LEFT
 _ones = {np.dtype(dtype): np.ones(DOWN_DEPTH, dtype) for dtype in (np.float32, np.float64)}
 
 
@@ -230,25 +262,30 @@ class BackwardSpace(Prepared):
             "kernel": entry(backward_kernel, dtype), "I": I, "J": J, "ones": address(_ones[dtype]),
             "multiply": entry(multiply_kernel, dtype), "pack": entry(pack_kernel, dtype), "most": most,
             "slices": 1, "ranks": ranks, "shares": ranks, "scratch_rank": scratch_rank, "ramp_i": address(ramp),
+            "ramp_left": address(_ramp_left), "turn": entry(turn_kernel, dtype),
         }  # fmt: skip
         values |= plan | {name: base + offset for name, offset in offsets.items()}
+        self.nbytes = total
         self._laid_out: tuple[Any, ...] = ()
         self._kept = ramp
         super().__init__(values.values(), self.buffer[offsets["counters"] :][: parts["counters"]], ranks, alike)
 
-    def lay_out(self, arrays: Sequence[Array | None], add_x: bool, add_w: bool) -> None:
-        """Write to the plan how x, out, d_out, d_x and reset lie, and whether to add to what is in d_x and the d_w."""
-        wanted = *[None if array is None else array.strides for array in arrays], add_x, add_w
+    def lay_out(
+        self, d_out: Array | None, d_x: Array, reset: Array | None, add_x: bool = False, add_w: bool = False
+    ) -> None:  # fmt: skip
+        """Write to the plan how d_out, d_x and reset lie, and whether to add to what is in d_x and the d_w."""
+        strides = *((0, 0) if d_out is None else d_out.strides[:2]), *d_x.strides[:2]
+        wanted = strides, None if reset is None else reset.strides, add_x, add_w
         if wanted == self._laid_out:
             return
-        numbers = []
-        for array in arrays:
-            numbers += [0, 0] if array is None else [stride // array.itemsize for stride in array.strides[:2]]
-        self.plan[LAYOUT : LAYOUT + len(numbers) + 2] = *numbers, add_x, add_w
+        numbers = [stride // d_x.itemsize for stride in strides]
+        first = PLAN_FIELDS.index(LAYOUT[4])
+        self.plan[first : first + 8] = *numbers, *(wanted[1] or (0, 0)), add_x, add_w
         self._laid_out = wanted
 
 
-LAYOUT = list(PLAN.names or ()).index("x_step")
+PLAN_FIELDS = list(PLAN.names or ())
+LAYOUT = PLAN_FIELDS[PLAN_FIELDS.index("x_step") : PLAN_FIELDS.index("add_w") + 1]
 
 
 class LinearGradients:
@@ -268,8 +305,11 @@ class LinearGradients:
         d_x, d_weight = empty(x.shape, x.dtype), empty(self.weight.shape, x.dtype)
         chunk = _chunk_rows(d_weight.nbytes)
         ranks = threads.get_num_threads() if len(x) * d_weight.size > SERIAL_WORK else 1
-        plan = {"T": len(x), "N": 1, "reverse": 1, "linear": 1, "parts": 1, "chunk": chunk, "d_z": address(d_y)}
+        plan = {
+            "T": len(x), "N": 1, "reverse": 1, "linear": 1, "parts": 1, "chunk": chunk, "d_z": address(d_y),
+            "x_step": I,
+        }  # fmt: skip
         space = BackwardSpace(plan, {}, ranks, min(chunk, len(x)), (len(d_weight), I), x.dtype, self._ramp)
-        space.lay_out((x, None, None, d_x, None), False, False)
+        space.lay_out(None, d_x, None)
         space.run(x, None, None, self._panel, *[None] * 7, d_x, d_weight, None, d_bias)
         return d_x, d_weight
