@@ -104,16 +104,6 @@ class Tape:
         return self._backward(d_output, d_state)
 
 
-class _Segment(NamedTuple):
-    """Some consecutive steps of one direction, with the state before them (in the direction's own order)."""
-
-    first: int
-    last: int
-    steps: Steps
-    saved: Lent | None  # the direction's `room`; None: to be computed again
-    cut: Array | None  # (N,) bool, where the state does not cross to these steps from those before
-
-
 class _Recording:
     """A recorded call of an LSTM.
 
@@ -134,7 +124,7 @@ class _Recording:
         if reset is not None:
             self.reset = np.array(reset)
         self.h_n, self.c_n = np.empty((L * D, self.N, P), dtype), np.empty((L * D, self.N, H), dtype)
-        self.layers: list[list[list[_Segment]]] = []  # of each layer, each direction
+        self.layers: list[list[list[Steps]]] = []  # of each layer, each direction
         self.between: list[Array] = []  # outputs of all layers but the last
         self.masks: list[Array] = []  # of these
         self.keep = 1 - lstm.dropout
@@ -182,9 +172,9 @@ class _Recording:
 
     def _forward(
         self, direction: Direction, panels: Lent, x: Array, y: Array, initial: Pair, final: tuple[Array, Array]
-    ) -> list[_Segment]:
+    ) -> list[Steps]:
         """Run one direction of one layer."""
-        segments: list[_Segment] = []
+        segments: list[Steps] = []
         if self.T == 0 or self.N == 0:
             for to, start in zip(final, initial, strict=True):
                 to[...] = 0 if start is None else start
@@ -204,20 +194,19 @@ class _Recording:
                     state[0][cut], state[1][cut] = 0, 0  # type: ignore[index]
             way = direction.way(x_part, y_part, lengths)
             rows = Rows.of(last - first, self.order, lengths, part, way)
-            steps = Steps(x_part, y_part, *state, rows, way)
             saved = direction.room(self.T, self.N) if whole else None
-            h_n, c_n = final if last == cuts[-1][1] else map(np.empty_like, final)
-            direction.forward(panels, steps, h_n, c_n, saved)
+            steps = Steps(first, last, x_part, y_part, state, rows, way, saved, cut)
+            state = final if last == cuts[-1][1] else (np.empty_like(final[0]), np.empty_like(final[1]))
+            direction.forward(panels, steps, state)
             if self.masks:  # the input is that of before with its mask, and will be again
-                steps = steps._replace(x=_nothing)
-            segments.append(_Segment(first, last, steps, saved, cut))
-            state = h_n, c_n
+                steps.x = _nothing
+            segments.append(steps)
         return segments
 
     def backward(self, d_output: object, d_state: object) -> Gradients:
         """Return the gradients; arguments as the user gave them."""
         lstm = self.lstm
-        d_out = None
+        d_out: Array | None = None
         if d_output is not None:
             d_out = as_array("d_output", d_output, lstm.dtype)
             if d_out.shape != self.output.shape:
@@ -227,55 +216,50 @@ class _Recording:
         d_h_n, d_c_n = lstm._check_state(d_state, self.N, self.batched, "d_state", ("d_h_n", "d_c_n"))
         D, P = lstm._directions, lstm._output_size
         d_h_0, d_c_0 = np.empty(self.h_n.shape, lstm.dtype), np.empty(self.c_n.shape, lstm.dtype)
-        found: dict[str, Array] = {}
+        d_w = {name: make() for layer in self.directions for direction, _ in layer for name, make in direction.makers}
         for k in reversed(range(lstm.num_layers)):
-            shape = (self.T, self.N, self.directions[k][0][0].I)
-            d_x = empty(shape if k else self.x_shape, lstm.dtype)
+            shape = (self.T, self.N, self.directions[k][0][0].I) if k else self.x_shape
+            d_x = empty(shape, lstm.dtype)
             to = d_x if k else self._time_major(d_x)
             x = self._drop(self.between[k - 1], k - 1) if k and self.masks else None
             for d, (direction, panels) in enumerate(self.directions[k]):
                 index = k * D + d
                 part = d_out if d_out is None or D == 1 else d_out[:, :, d * P : (d + 1) * P]
-                d_w = {}
-                for name, full_name, make in direction.weights:
-                    d_w[name] = found[full_name] = make()
                 final = None if d_h_n is None else d_h_n[index], None if d_c_n is None else d_c_n[index]
                 initial = d_h_0[index], d_c_0[index]
                 self._backward(direction, panels, self.layers[k][d], x, part, final, initial, to, d > 0, d_w)
-                if "bias_hh" in d_w:
-                    d_w["bias_hh"][...] = d_w["bias_ih"]
             d_out = to
             if k and lstm.dropout:
                 d_out = self._drop(to, k - 1)
         state = (d_h_0, d_c_0) if self.batched else (d_h_0[:, 0], d_c_0[:, 0])
-        return Gradients(d_x, state, {name: found[name] for name in lstm._params})
+        return Gradients(d_x, state, d_w)
 
     def _backward(
-        self, direction: Direction, panels: Lent, segments: list[_Segment], x: Array | None, d_out: Array | None,
+        self, direction: Direction, panels: Lent, segments: list[Steps], x: Array | None, d_out: Array | None,
         d_state: Pair, d_initial: tuple[Array, Array], d_x: Array, add_x: bool, d_w: dict[str, Array],
     ) -> None:  # fmt: skip
-        """Take one direction of one layer backward, segment by segment against its own order."""
+        """Take one direction of one layer backward, segment by segment against its own order.
+
+        x : what the steps were given, where they have not kept it.
+        """
         if not segments:
-            for array in (*d_w.values(), d_x):
+            for array in (*(d_w[name] for name, _ in direction.makers), d_x):
                 array[...] = 0
             for to, end in zip(d_initial, d_state, strict=True):
                 to[...] = 0 if end is None else end
-        for segment in reversed(segments):
-            first, last, steps, saved, cut = segment
-            whole = len(segments) == 1
-            if x is not None:
-                steps = steps._replace(x=x[first:last])
-            if saved is None:
-                saved = direction.room(last - first, self.N)
-                direction.forward_again(panels, steps, saved)
-            part = d_out if whole or d_out is None else d_out[first:last]
-            to = d_x if whole else d_x[first:last]
-            started = segment is not segments[-1]
-            direction.backward(panels, steps, saved, part, d_state, d_initial, to, add_x, d_w, started)
+        for steps in reversed(segments):
+            first, last = steps.first, steps.last
+            x_part = steps.x if x is None else x[first:last]
+            saved = steps.saved or direction.forward_again(panels, steps, x_part)
+            part = None if d_out is None else d_out[first:last]
+            started = steps is not segments[-1]
+            direction.backward(
+                panels, steps, x_part, saved, part, d_state, d_initial, d_x[first:last], add_x, d_w, started
+            )
             del saved  # so that its memory serves the next segment
-            if cut is not None:
-                d_initial[0][cut], d_initial[1][cut] = 0, 0
-            if segment is not segments[0]:
+            if steps.cut is not None:
+                d_initial[0][steps.cut], d_initial[1][steps.cut] = 0, 0
+            if steps is not segments[0]:
                 d_state = d_initial[0].copy(), d_initial[1].copy()
 
 

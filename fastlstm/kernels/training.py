@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,15 +83,19 @@ class Way:
         self.idle: dict[int, BackwardSpace] = {}  # by threads; one of them
 
 
-class Steps(NamedTuple):
-    """What some steps of one direction were given and gave, for the backward."""
+@dataclass(slots=True, eq=False)
+class Steps:
+    """Consecutive steps of one direction: what they were given and gave, for the backward."""
 
+    first: int
+    last: int  # the one behind them
     x: Array  # (T, N, I), any strides in whole numbers but the last, which is 1
     out: Array  # (T, N, P), likewise
-    h_0: Array | None  # (N, P)
-    c_0: Array | None  # (N, H)
+    state: tuple[Array | None, Array | None]  # (N, P), (N, H), before them in the direction's own order
     rows: Rows
     way: Way
+    saved: Lent | None  # the direction's `room`; None: to be computed again
+    cut: Array | None = None  # (N,) bool, where the state does not cross to these steps from those before
 
 
 def _chunk_rows(gradients: int) -> int:
@@ -115,8 +120,9 @@ class Direction:
         self.reverse = reverse
         shapes = {name: params[name + suffix].shape for name in NAMES if name + suffix in params}
         self.dtype = params["weight_ih" + suffix].dtype
-        self.weights = [(name, name + suffix, maker(shape, self.dtype)) for name, shape in shapes.items()]
-        """Name, name with the suffix, and what makes room for a gradient."""
+        self.makers = [(name + suffix, maker(shape, self.dtype)) for name, shape in shapes.items()]
+        """The name of each weight, and what makes room for its gradient."""
+        self._names = [name + suffix for name in NAMES]
         self.projected = "weight_hr" in shapes
         J, self.I = shapes["weight_ih"]
         self.H, self.P = J // GATES, shapes["weight_hh"][1]
@@ -151,41 +157,52 @@ class Direction:
         """Return room for what the backward needs of so many steps and rows, or more."""
         return self._spare.lend(T * N * KEPT * self.H, self.dtype)
 
-    def forward(self, panels: Lent, steps: Steps, h_n: Array, c_n: Array, saved: Lent | None) -> None:
-        """Run some steps: writes `steps.out`, h_n (N, P), c_n (N, H), and to its `room` what the backward needs."""
-        x, out, h_0, c_0, rows, way = steps
-        room = None if saved is None else saved.array
-        ends = (h_0, c_0), (h_n, c_n)
-        self.network.run(way.course, panels, x, out, *ends, rows.order, rows.lengths, rows.reset, room)
+    def forward(self, panels: Lent, steps: Steps, final: tuple[Array, Array]) -> None:
+        """Run some steps: writes `steps.out`, the state after them (N, P), (N, H), and what `steps.saved` has room for.
 
-    def forward_again(self, panels: Lent, steps: Steps, saved: Lent) -> None:
+        What is saved lies as the forward's plan says.
+        """
+        rows = steps.rows
+        room = None if steps.saved is None else steps.saved.array
+        self.network.run(
+            steps.way.course, panels, steps.x, steps.out, steps.state, final, rows.order, rows.lengths, rows.reset, room
+        )
+
+    def forward_again(self, panels: Lent, steps: Steps, x: Array) -> Lent:
         """Run some steps a second time, for what the backward needs alone."""
         course = steps.way.course
-        out = np.empty_like(steps.out)
+        out, way = np.empty_like(steps.out), steps.way
         if out.strides != steps.out.strides:  # of one of two directions
-            steps = steps._replace(way=Way(Course(course.T, course.N, lying(steps.x, out), course.how)))
-        h_n, c_n = np.empty((course.N, self.P), self.dtype), np.empty((course.N, self.H), self.dtype)
-        self.forward(panels, steps._replace(out=out), h_n, c_n, saved)
+            way = Way(Course(course.T, course.N, lying(x, out), course.how))
+        saved = self.room(course.T, course.N)
+        final = np.empty((course.N, self.P), self.dtype), np.empty((course.N, self.H), self.dtype)
+        self.forward(panels, Steps(steps.first, steps.last, x, out, steps.state, steps.rows, way, saved), final)
+        return saved
 
     def backward(
-        self, panels: Lent, steps: Steps, saved: Lent, d_out: Array | None, d_state: tuple[Array | None, Array | None],
-        d_initial: tuple[Array, Array], d_x: Array, add_x: bool, d_w: Mapping[str, Array], add_w: bool,
+        self, panels: Lent, steps: Steps, x: Array, saved: Lent, d_out: Array | None,
+        d_state: tuple[Array | None, Array | None], d_initial: tuple[Array, Array], d_x: Array, add_x: bool,
+        d_w: Mapping[str, Array], add_w: bool,
     ) -> None:  # fmt: skip
         """Take some steps backward.
 
-        saved : of the forward.  d_out : (T, N, P); d_state : (N, P), (N, H), of the state after them.
+        x, saved : of the forward.  d_out : (T, N, P); d_state : (N, P), (N, H), of the state after them.
         d_initial : out (N, P), (N, H), of the state before.  d_x : out (T, N, I).
-        d_w : out, by name but for `bias_hh`, which is as `bias_ih`.  add_x, add_w : whether to add to what is there.
+        d_w : out, gradients by the names of the weights.  add_x, add_w : whether to add to what is there.
         """
-        x, out, h_0, c_0, rows, way = steps
+        rows, way = steps.rows, steps.way
         ranks = min(way.course.how.ranks, threads.get_num_threads())
         space = way.idle.pop(ranks, None) or self._space(way.course, ranks, rows.lengths is None)
         space.lay_out(d_out, d_x, rows.reset, add_x, add_w)
+        w_ih, w_hh, b_ih, b_hh, w_hr = self._names
+        d_bias = d_w.get(b_ih)
         space.run(
-            x, out, saved.array, panels.array, h_0, c_0, d_out, *d_state, *d_initial, d_x,
-            d_w["weight_ih"], d_w["weight_hh"], d_w.get("bias_ih"), d_w.get("weight_hr"),
+            x, steps.out, saved.array, panels.array, *steps.state, d_out, *d_state, *d_initial, d_x,
+            d_w[w_ih], d_w[w_hh], d_bias, d_w.get(w_hr),
             rows.order, rows.lengths, rows.places, rows.active, rows.reset,
         )  # fmt: skip
+        if d_bias is not None:
+            d_w[b_hh][...] = d_bias
         if space.nbytes <= KEPT_SPACE:
             way.idle = {ranks: space}
 
