@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastlstm.kernels.network import Network
-    from fastlstm.kernels.training import Direction
+    from fastlstm.kernels.training import Weights
     from fastlstm.memory import Lent
     from fastlstm.tape import Tape
 
@@ -387,16 +387,18 @@ class LSTM(Layer, SequenceModel):
         random = as_generator(rng) if self.dropout or rng is not None else None
         return _find_recorder()(self, call, random, every, owned)
 
-    def _pack_for_training(self, params: Mapping[str, Array]) -> list[list[tuple[Direction, Lent]]]:
-        """Return how each direction of each layer runs, and its panels."""
+    def _pack_for_training(self, params: Mapping[str, Array]) -> list[list[Weights]]:
+        """Return the weights of each direction of each layer as training needs them."""
         directions = self._made.get("directions")
         if directions is None:
-            from fastlstm.kernels.training import Direction
+            from fastlstm.kernels.training import Direction, Weights
 
+            self._made["weights"] = Weights
             directions = self._made["directions"] = [
                 [Direction(params, suffix, d > 0) for d, suffix in enumerate(layer)] for layer in self._suffixes()
             ]
-        return [[(direction, direction.network.pack(params)) for direction in layer] for layer in directions]
+        make, fixed = self._made["weights"], self._fixed
+        return [[make(direction, params, fixed) for direction in layer] for layer in directions]
 
     def _check_state(
         self,

@@ -32,6 +32,7 @@ class Layer(ABC):
     _params: dict[str, Array]
     _made: dict[str, Any]
     """What is the same for all weights of these sizes, made when it is first needed."""
+    _fixed: bool  # whether arrays of weights never change, but are replaced
 
     @abstractmethod
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -54,7 +55,7 @@ class Layer(ABC):
         """Check the settings and store them."""
         config = {name: check(name, settings[name]) for name, (check, _) in self._SETTINGS.items()}
         self.__dict__.update(config, _config=config, dtype=float_dtype(dtype), _params={})
-        self.__dict__.update(_packed=None, _packed_for_training=None, _made={})
+        self.__dict__.update(_packed=None, _packed_for_training=None, _made={}, _fixed=True)
 
     def _randomise(self, bound: float, rng: object) -> None:
         """Draw the weights, uniform in +-bound."""

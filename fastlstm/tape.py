@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastlstm.checks import as_array
-from fastlstm.kernels.training import Direction, Rows, Steps
-from fastlstm.memory import Lent, empty
+from fastlstm.kernels.training import Direction, Rows, Steps, Weights
+from fastlstm.memory import empty
 
 if TYPE_CHECKING:
     from fastlstm.lstm import LSTM, Call
@@ -113,7 +113,7 @@ class _Recording:
 
     def __init__(self, lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool) -> None:
         self.lstm, self.every = lstm, every
-        self.directions: list[list[tuple[Direction, Lent]]] = lstm._training_weights()
+        self.weights: list[list[Weights]] = lstm._training_weights()
         given, self.T, self.N, state, self.order, lengths, reset, self.batched = call
         self.x_shape = given.shape
         L, D, H, P, dtype = lstm.num_layers, lstm._directions, lstm.hidden_size, lstm._output_size, lstm.dtype
@@ -131,16 +131,16 @@ class _Recording:
         h_0, c_0 = state
         h_0, c_0 = None if h_0 is None else h_0.copy(), None if c_0 is None else c_0.copy()
         x = self._time_major(given if owned else given.copy())
-        for k, layer in enumerate(self.directions):
+        for k, layer in enumerate(self.weights):
             last = k == L - 1
             output = empty((*self.x_shape[:-1], D * P) if last else (self.T, self.N, D * P), dtype)
             y = self._time_major(output) if last else output
             segments = []
-            for d, (direction, panels) in enumerate(layer):
+            for d, weights in enumerate(layer):
                 index = k * D + d
                 initial = h_0 if h_0 is None else h_0[index], c_0 if c_0 is None else c_0[index]
                 to = y if D == 1 else y[:, :, d * P : (d + 1) * P]
-                segments.append(self._forward(direction, panels, x, to, initial, (self.h_n[index], self.c_n[index])))
+                segments.append(self._forward(weights, x, to, initial, (self.h_n[index], self.c_n[index])))
             self.layers.append(segments)
             if not last:
                 x = y
@@ -170,11 +170,10 @@ class _Recording:
         cuts = [(first, min(first + length, T)) for first in range(0, T, length)]
         return [(T - last, T - first) for first, last in cuts] if direction.reverse else cuts
 
-    def _forward(
-        self, direction: Direction, panels: Lent, x: Array, y: Array, initial: Pair, final: tuple[Array, Array]
-    ) -> list[Steps]:
+    def _forward(self, weights: Weights, x: Array, y: Array, initial: Pair, final: tuple[Array, Array]) -> list[Steps]:
         """Run one direction of one layer."""
         segments: list[Steps] = []
+        direction = weights.direction
         if self.T == 0 or self.N == 0:
             for to, start in zip(final, initial, strict=True):
                 to[...] = 0 if start is None else start
@@ -197,7 +196,7 @@ class _Recording:
             saved = direction.room(self.T, self.N) if whole else None
             steps = Steps(first, last, x_part, y_part, state, rows, way, saved, cut)
             state = final if last == cuts[-1][1] else (np.empty_like(final[0]), np.empty_like(final[1]))
-            direction.forward(panels, steps, state)
+            direction.forward(weights, steps, state)
             if self.masks:  # the input is that of before with its mask, and will be again
                 steps.x = _nothing
             segments.append(steps)
@@ -216,18 +215,18 @@ class _Recording:
         d_h_n, d_c_n = lstm._check_state(d_state, self.N, self.batched, "d_state", ("d_h_n", "d_c_n"))
         D, P = lstm._directions, lstm._output_size
         d_h_0, d_c_0 = np.empty(self.h_n.shape, lstm.dtype), np.empty(self.c_n.shape, lstm.dtype)
-        d_w = {name: make() for layer in self.directions for direction, _ in layer for name, make in direction.makers}
+        d_w = {name: make() for layer in self.weights for one in layer for name, make in one.direction.makers}
         for k in reversed(range(lstm.num_layers)):
-            shape = (self.T, self.N, self.directions[k][0][0].I) if k else self.x_shape
+            shape = (self.T, self.N, self.weights[k][0].direction.I) if k else self.x_shape
             d_x = empty(shape, lstm.dtype)
             to = d_x if k else self._time_major(d_x)
             x = self._drop(self.between[k - 1], k - 1) if k and self.masks else None
-            for d, (direction, panels) in enumerate(self.directions[k]):
+            for d, weights in enumerate(self.weights[k]):
                 index = k * D + d
                 part = d_out if d_out is None or D == 1 else d_out[:, :, d * P : (d + 1) * P]
                 final = None if d_h_n is None else d_h_n[index], None if d_c_n is None else d_c_n[index]
                 initial = d_h_0[index], d_c_0[index]
-                self._backward(direction, panels, self.layers[k][d], x, part, final, initial, to, d > 0, d_w)
+                self._backward(weights, self.layers[k][d], x, part, final, initial, to, d > 0, d_w)
             d_out = to
             if k and lstm.dropout:
                 d_out = self._drop(to, k - 1)
@@ -235,13 +234,14 @@ class _Recording:
         return Gradients(d_x, state, d_w)
 
     def _backward(
-        self, direction: Direction, panels: Lent, segments: list[Steps], x: Array | None, d_out: Array | None,
+        self, weights: Weights, segments: list[Steps], x: Array | None, d_out: Array | None,
         d_state: Pair, d_initial: tuple[Array, Array], d_x: Array, add_x: bool, d_w: dict[str, Array],
     ) -> None:  # fmt: skip
         """Take one direction of one layer backward, segment by segment against its own order.
 
         x : what the steps were given, where they have not kept it.
         """
+        direction = weights.direction
         if not segments:
             for array in (*(d_w[name] for name, _ in direction.makers), d_x):
                 array[...] = 0
@@ -250,11 +250,11 @@ class _Recording:
         for steps in reversed(segments):
             first, last = steps.first, steps.last
             x_part = steps.x if x is None else x[first:last]
-            saved = steps.saved or direction.forward_again(panels, steps, x_part)
+            saved = steps.saved or direction.forward_again(weights, steps, x_part)
             part = None if d_out is None else d_out[first:last]
             started = steps is not segments[-1]
             direction.backward(
-                panels, steps, x_part, saved, part, d_state, d_initial, d_x[first:last], add_x, d_w, started
+                weights, steps, x_part, saved, part, d_state, d_initial, d_x[first:last], add_x, d_w, started
             )
             del saved  # so that its memory serves the next segment
             if steps.cut is not None:

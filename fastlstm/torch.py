@@ -371,6 +371,7 @@ def _make_layer(config: dict[str, Any], params: dict[str, Array], like: lstm.LST
     layer = lstm.LSTM.__new__(lstm.LSTM)
     layer._configure(next(iter(params.values())).dtype, **config)
     layer._set_params(params)
+    layer.__dict__["_fixed"] = False  # an optimiser writes to them
     if like is not None and (like.dtype, like._shapes()) == (layer.dtype, layer._shapes()):
         layer.__dict__["_made"] = like._made
     return layer

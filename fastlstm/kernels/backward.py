@@ -45,7 +45,7 @@ PLAN = record(
     # from here to `reset` the arrays of a call, in the order in which they are given
     "x", "out",  # (T, N, I), (T, N, P), the forward's input and output
     "saved",  # of the forward: the gates (T, N, 4H) and c' (T, N, H)
-    "panels",  # of all weights
+    "w_ih", "w_hh", "w_hr",  # natural panels
     "h_0", "c_0",  # (N, P), (N, H); 0: zeros
     "d_out",  # (T, N, P); 0: zeros
     "d_h_n", "d_c_n",  # (N, P), (N, H); 0: zeros
@@ -54,13 +54,13 @@ PLAN = record(
     "d_w_ih", "d_w_hh", "d_bias", "d_w_hr",  # (4H, I), (4H, P), (4H,), (P, H), out
     "order", "lengths", "places", "active",  # (N,), (N,), (N,): a row's place by falling length; (T,): rows of a step
     "reset",  # bytes (T, N); 0: none
-    # from here to `add_w` how they lie, in steps and rows, and whether to add to what is in d_x and the d_w
+    # from here to `raw` how they lie, in steps and rows, and whether to add to what is in d_x and the d_w
     "x_step", "x_row", "out_step", "out_row", "d_out_step", "d_out_row", "d_x_step", "d_x_row",
     "reset_step", "reset_row", "add_x", "add_w",
+    "raw",  # 1: w_ih and w_hh are not packed, but their rows are whole registers
     "T", "N", "I", "P", "H", "reverse", "projected",
     "linear",  # 1: no steps at all; d_z is given for T rows, and N is 1
     "J", "parts",  # numbers in a row of d_z, parts of a sum over them: 4H and 4; where it is linear the outputs and 1
-    "w_ih", "w_hh", "w_hr",  # where among the panels those of the weights as they are lie, in bytes
     "zeros", "ones",  # as many as the largest row; DOWN_DEPTH
     "multiply", "cell", "pack", "add",  # the tiles
     "retrace", "dots", "turn",  # 0: not for these rows, this input, these sizes
@@ -134,9 +134,9 @@ def backward_kernel(dtype: np.dtype):
         rest = columns % lanes
         return rest if rest <= 3 * lanes // 4 else 0
 
-    @part(i, *[i] * 14)
-    def along(tile, a, a_rows, rows, depth, parts, panel, columns, block, out, out_rows, add, ahead, ahead_step):
-        """out[row, block] (+)= a[row] W for one block of columns; panel: all blocks one after the other.
+    @part(i, *[i] * 15)
+    def along(tile, a, a_rows, rows, depth, parts, panel, raw, columns, block, out, out_rows, add, ahead, ahead_step):
+        """out[row, block] (+)= a[row] W for one block of columns; panel: all blocks one after the other, or W (raw).
 
         Returns what is to be fetched next: what is at `ahead` comes to L2, `ahead_step` numbers for each multiply-add.
         A panel that would not stay in L2 is read part by part, for all rows each: d_x of b1024 gains 20%.
@@ -144,6 +144,9 @@ def backward_kernel(dtype: np.dtype):
         first, vectors = cut_columns(columns, block)
         at, line = first * lanes, vectors * lanes
         together = parts if parts * depth * line * size <= PANEL_BYTES else 1
+        start = at * parts * depth
+        if raw:
+            start, line = at, columns
         for part_ in range(0, parts, together):
             row = 0
             while row < rows:
@@ -157,7 +160,7 @@ def backward_kernel(dtype: np.dtype):
                 count = left // here if left > here else 1
                 call_tile(tile, (
                     index, count, a + part_ * depth * size, a_rows + row * 8, 0, depth, together,
-                    panel + (at * parts + part_ * line) * depth * size, line,
+                    panel + (start + part_ * depth * line) * size, line,
                     out + at * size, out_rows + row * 8, columns - at, int(add or part_ > 0), ahead, ahead_step,
                 ))  # fmt: skip
                 ahead += count * together * depth * ahead_step * size
@@ -322,7 +325,7 @@ def backward_kernel(dtype: np.dtype):
         for nth in range(first, last):
             block = first + last - 1 - nth if q.j & 1 else nth
             ahead = along(
-                p.multiply, p.d_z, table(q, p, Z_ROWS), rows, p.H, GATES, p.panels + p.w_hh, p.P, block,
+                p.multiply, p.d_z, table(q, p, Z_ROWS), rows, p.H, GATES, p.w_hh, p.raw, p.P, block,
                 d_h, table(q, p, H_ROWS), 0, ahead, ahead_step,
             )  # fmt: skip
         if p.reset:
@@ -359,7 +362,7 @@ def backward_kernel(dtype: np.dtype):
             d_h, d_h_stride, d_out, d_out_next = p.d_m + row0 * p.H * size, p.H, p.zeros, 0
             for block in range(first, last):
                 along(
-                    p.multiply, p.d_h_out, table(q, p, DH_ROWS), rows, p.P, 1, p.panels + p.w_hr, p.H, block,
+                    p.multiply, p.d_h_out, table(q, p, DH_ROWS), rows, p.P, 1, p.w_hr, 0, p.H, block,
                     p.d_m, table(q, p, H_ROWS), 0, p.zeros, 0,
                 )  # fmt: skip
         d_c = p.d_c + row0 * p.H * size
@@ -391,7 +394,7 @@ def backward_kernel(dtype: np.dtype):
         call_tile(p.retrace, (
             0, q.steps, p.H, (p.H + lanes - 1) // lanes, p.d_h + row * p.H * size, p.d_c + row * p.H * size,
             d_out, d_out_step, p.saved + (t * p.N + row) * GATES * p.H * size, c_at(p, t, row), back * p.N * p.H, c,
-            p.d_z + (row - q.first) * GATES * p.H * size, rows * GATES * p.H, p.panels + p.w_hh,
+            p.d_z + (row - q.first) * GATES * p.H * size, rows * GATES * p.H, p.w_hh, p.raw,
         ))  # fmt: skip
 
     @part(types.void, plan_type, state_type, i, i)
@@ -496,8 +499,8 @@ def backward_kernel(dtype: np.dtype):
         """Do one share of a phase."""
         if q.kind == LOAD or q.kind == SAVE:
             if q.kind == LOAD and share == 0 and p.dots:
-                line = cut_columns(p.I, 0)[1] * lanes
-                call_tile(p.turn, (0, p.J, p.I, p.panels + p.w_ih, line, p.w_ih_t, p.J, 0))
+                line = p.I if p.raw else cut_columns(p.I, 0)[1] * lanes
+                call_tile(p.turn, (0, p.J, p.I, p.w_ih, line, p.w_ih_t, p.J, 0))
             for row in range(p.N * share // q.shares, p.N * (share + 1) // q.shares):
                 n = position(p, row)
                 d_h, d_c = p.d_h + row * p.P * size, p.d_c + row * p.H * size
@@ -573,7 +576,7 @@ def backward_kernel(dtype: np.dtype):
                 for block in range(count_blocks(p.I)):
                     along(
                         p.multiply, z_at(p, q), p.ramp_z + first * 8, last - first, p.J // p.parts, p.parts,
-                        p.panels + p.w_ih, p.I, block,
+                        p.w_ih, p.raw, p.I, block,
                         p.d_x, p.d_x_to + first * 8, p.add_x, z_at(p, q), 0,
                     )  # fmt: skip
 

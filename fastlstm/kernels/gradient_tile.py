@@ -314,13 +314,13 @@ def _emit_cell(
 
 def _emit_retrace(
     b: Builder, _: object, steps, H, columns, d_h, d_c, d_out, d_out_step, gates, c_new, c_step, c_last, d_z, d_z_step,
-    panel,
+    panel, raw,
 ) -> None:  # fmt: skip
     """Emit steps of a single row backward: the gradient of its cells, and d_h = d_z W_hh to the step before.
 
     From step to step d_out, c_new and d_z move by `d_out_step`, `c_step` and `d_z_step` numbers, the gates by four
     times `c_step`.  The c of a step is the c_new of the next; of the last it is at `c_last`.
-    d_h, d_c : in/out (H,).  panel : of W_hh, as it is; `columns` is H in whole registers.
+    d_h, d_c : in/out (H,).  panel : natural, of W_hh, or W_hh itself if `raw`; `columns` is H in whole registers.
     """
     blocks = b.ir.sdiv(b.ir.add(columns, I64(most_vectors() - 1)), I64(most_vectors()))
 
@@ -353,10 +353,12 @@ def _emit_retrace(
             first = block_start(block)
             count = b.ir.sub(block_start(b.ir.add(block, I64(1))), first)
             at = b.ir.mul(first, I64(b.lanes))
-            base = b.pointer(panel) + b.ir.mul(b.ir.mul(at, H), I64(GATES))
+            as_it_is = b.ir.icmp_signed("!=", raw, I64(0))
+            base = b.pointer(panel) + b.ir.select(as_it_is, at, b.ir.mul(b.ir.mul(at, H), I64(GATES)))
             for vectors in range(1, most_vectors() + 1):
                 with b.ir.if_then(b.ir.icmp_signed("==", count, I64(vectors))):
-                    sums = _in_lockstep(b, z_at, H, base, I64(vectors * b.lanes), vectors)
+                    line = b.ir.select(as_it_is, H, I64(vectors * b.lanes))
+                    sums = _in_lockstep(b, z_at, H, base, line, vectors)
                     for v, vec in enumerate(sums):
                         begin = b.ir.add(at, I64(v * b.lanes))
                         (b.pointer(d_h) + begin).store_first(vec, b.ir.sub(H, begin))
@@ -503,7 +505,7 @@ def add_kernel(dtype: np.dtype):
 
 def retrace_kernel(dtype: np.dtype):
     """Describe the steps of a single row backward: of an int64 table, a 0 and what `_emit_retrace` takes."""
-    tile = kernel(dtype, "retrace", 14, _emit_retrace, {0: None})
+    tile = kernel(dtype, "retrace", 15, _emit_retrace, {0: None})
 
     def retrace(table):
         tile(table)

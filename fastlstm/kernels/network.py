@@ -19,7 +19,6 @@ from fastlstm.kernels.panels import (
     cut_columns,
     cut_units,
     gates_panel,
-    natural_panel,
 )
 from fastlstm.kernels.product import L2_BYTES, tile_rows
 from fastlstm.kernels.region import Prepared
@@ -109,13 +108,10 @@ class Network:
         What the names of the weights of each layer and direction end in.
     reverse : bool, default False
         Whether the one direction runs from the last step to the first.
-    natural : bool, default False
-        Whether the backward's panels are wanted too, of W_ih, W_hh and, where there is a projection, W_hr.
     """
 
     def __init__(
-        self, sizes: Sizes, dtype: np.dtype[Any], suffixes: Sequence[str], reverse: bool = False,
-        natural: bool = False,
+        self, sizes: Sizes, dtype: np.dtype[Any], suffixes: Sequence[str], reverse: bool = False
     ) -> None:  # fmt: skip
         self.sizes, self.dtype, self.projected = sizes, dtype, sizes.P != sizes.H
         self.cut, self.p_cut = cut_units(sizes.H, dtype), cut_columns(sizes.P, dtype)
@@ -128,7 +124,7 @@ class Network:
         self._spare = Spare(KEPT_PANELS)
         matrices = ("weight_ih", "weight_hh", "weight_hr")[: 2 + self.projected]
         self._names = [(f"bias_ih{s}", f"bias_hh{s}", [name + s for name in matrices]) for s in suffixes]
-        self._describe_packing(natural)
+        self._describe_packing()
         plan: dict[str, int] = dict.fromkeys(PLAN.names or (), 0)
         plan |= {
             "kernel": entry(forward_kernel, dtype), "H": sizes.H, "P": sizes.P, "L": sizes.L, "D": sizes.D,
@@ -139,27 +135,22 @@ class Network:
         }  # fmt: skip
         self._plan = plan
 
-    def _describe_packing(self, natural: bool) -> None:
-        """Describe the panels of all weights in the order of `pack`; `natural`: the backward's behind them."""
+    def _describe_packing(self) -> None:
+        """Describe the panels of all weights in the order of `pack`."""
         s = self.sizes
         panels: list[Panel] = []
-        others: list[tuple[int, Panel]] = []
         depths = [s.I if layer == 0 else s.D * s.P for layer in range(s.L) for _ in range(s.D)]
         for I in depths:
             found = [gates_panel(s.H, K, self.cut) for K in (1, I, s.P)]
-            first = len(panels)
-            others += [(first + 1 + k, natural_panel(GATES * s.H, K, self.dtype)) for k, K in enumerate((I, s.P))]
             if self.projected:
                 found.append(columns_panel(s.P, s.H, self.p_cut))
-                others.append((first + 3, natural_panel(s.P, s.H, self.dtype)))
             panels += found
         self.weight_bytes = sum(panel.size for panel in panels) * self.dtype.itemsize
-        self._packing = Packing([*enumerate(panels), *(others if natural else ())], self.dtype)
+        self._packing = Packing([*enumerate(panels)], self.dtype)
         self._weights = np.zeros((len(depths), len(WEIGHT_FIELDS)), np.int64)
         self._weights[:, 0] = depths
         each = len(panels) // len(depths)
-        self._weights[:, 1 : 1 + each] = np.reshape(self._packing.offsets[: len(panels)], (-1, each))
-        self.natural_offsets = self._packing.offsets[len(panels) :]
+        self._weights[:, 1 : 1 + each] = np.reshape(self._packing.offsets, (-1, each))
 
     def pack(self, params: Mapping[str, Array]) -> Lent:
         """Return the panels of weights under PyTorch's names."""

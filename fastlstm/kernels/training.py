@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from fastlstm.kernels.gradient_tile import (
     retrace_kernel,
     turn_kernel,
 )
-from fastlstm.kernels.network import Course, Network, Sizes, choose_strategy, deal_rows, lying
+from fastlstm.kernels.network import KEPT_PANELS, Course, Network, Sizes, choose_strategy, deal_rows, lying
 from fastlstm.kernels.panels import Packing, natural_panel
 from fastlstm.kernels.product import SERIAL_WORK, Product
 from fastlstm.kernels.region import Prepared
@@ -33,7 +33,7 @@ from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import GATES, KEPT
 from fastlstm.memory import Lent, Spare, aligned, empty, maker
 
-__all__ = ["EVERY_ROW", "Direction", "LinearGradients", "Rows", "Steps", "Way"]
+__all__ = ["EVERY_ROW", "Direction", "LinearGradients", "Rows", "Steps", "Way", "Weights"]
 
 Array = NDArray[Any]
 
@@ -103,6 +103,46 @@ def _chunk_rows(gradients: int) -> int:
     return LARGE_CHUNK_ROWS if gradients > LARGE_GRADIENTS else CHUNK_ROWS
 
 
+class Natural(NamedTuple):
+    """Weights as the backward reads them."""
+
+    panels: Lent | None  # what they lie in; None: these are the weights themselves
+    matrices: Sequence[Array]  # W_ih, W_hh and, where there is a projection, W_hr
+
+
+class Weights:
+    """The weights of one direction, packed for the forward, and for the backward once it wants that.
+
+    Parameters
+    ----------
+    direction : Direction
+        Theirs.
+    params : mapping of str to ndarray
+        Weights under PyTorch's names.
+    fixed : bool
+        Whether these arrays never change; else all is packed at once.
+    """
+
+    __slots__ = ("_natural", "_params", "direction", "panels")
+
+    def __init__(self, direction: Direction, params: Mapping[str, Array], fixed: bool) -> None:
+        self.direction, self._params = direction, params
+        self.panels = direction.network.pack(params)
+        self._natural = None if fixed else direction.pack(params)
+
+    def natural(self, once: bool) -> Natural:
+        """Return what the backward reads; once: a single time, for which packing does not pay.
+
+        step128 gains a sixth. Two threads may pack at once: each has what it has made.
+        """
+        if self._natural is not None:
+            return self._natural
+        if once and self.direction.in_registers:
+            return Natural(None, [self._params[name] for name in self.direction.matrices])
+        self._natural = self.direction.pack(self._params)
+        return self._natural
+
+
 class Direction:
     """How one direction of one layer is packed and run, forward and backward, whatever its weights.
 
@@ -120,10 +160,11 @@ class Direction:
         self.reverse = reverse
         shapes = {name: params[name + suffix].shape for name in NAMES if name + suffix in params}
         self.dtype = params["weight_ih" + suffix].dtype
+        self.projected = "weight_hr" in shapes
         self.makers = [(name + suffix, maker(shape, self.dtype)) for name, shape in shapes.items()]
         """The name of each weight, and what makes room for its gradient."""
         self._names = [name + suffix for name in NAMES]
-        self.projected = "weight_hr" in shapes
+        self._no_projection = () if self.projected else (None,)
         J, self.I = shapes["weight_ih"]
         self.H, self.P = J // GATES, shapes["weight_hh"][1]
         self.zeros = np.zeros(max(J, self.I), self.dtype)
@@ -132,7 +173,18 @@ class Direction:
         self._chunk_rows = _chunk_rows(J * (self.I + self.P) * self.dtype.itemsize)
         self._ways: dict[tuple[Any, ...], Way] = {}  # of calls before, for calls like them
         self._spare = Spare(KEPT_ROOM)  # of tapes
-        self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, [suffix], reverse, natural=True)
+        self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, [suffix], reverse)
+        matrices = ("weight_ih", "weight_hh", "weight_hr")[: 2 + self.projected]
+        self.matrices = [name + suffix for name in matrices]
+        """Names of the weights that the backward multiplies with."""
+        panels = [natural_panel(K, columns, self.dtype) for K, columns in map(shapes.__getitem__, matrices)]
+        self._packing = Packing([*enumerate(panels)], self.dtype)
+        self._starts = [offset // self.dtype.itemsize for offset in self._packing.offsets]
+        self._panels = Spare(KEPT_PANELS)
+        lanes = target().lanes(self.dtype)
+        few = self.I <= FEW_COLUMNS or self.I % lanes == 0
+        self.in_registers = few and self.P % lanes == 0 and not self.projected
+        """Whether the backward can read its weights where they are: their rows fill registers."""
 
     def way(self, x: Array, out: Array, lengths: Array | None) -> Way:
         """Return how steps of the size of x (T, N, I) are run; x and out as in `Steps`."""
@@ -149,6 +201,13 @@ class Direction:
             way = self._ways[key] = Way(Course(T, N, strides, how))
         return way
 
+    def pack(self, params: Mapping[str, Array]) -> Natural:
+        """Return the panels of weights for the backward."""
+        panels = self._panels.lend(self._packing.size, self.dtype)
+        array = panels.array
+        self._packing.make([params[name] for name in self.matrices], array)
+        return Natural(panels, [array[start:] for start in self._starts])
+
     def chunk_steps(self, N: int) -> int:
         """Return how many steps of so many rows make a chunk."""
         return max(1, self._chunk_rows // max(1, N))
@@ -157,7 +216,7 @@ class Direction:
         """Return room for what the backward needs of so many steps and rows, or more."""
         return self._spare.lend(T * N * KEPT * self.H, self.dtype)
 
-    def forward(self, panels: Lent, steps: Steps, final: tuple[Array, Array]) -> None:
+    def forward(self, weights: Weights, steps: Steps, final: tuple[Array, Array]) -> None:
         """Run some steps: writes `steps.out`, the state after them (N, P), (N, H), and what `steps.saved` has room for.
 
         What is saved lies as the forward's plan says.
@@ -165,10 +224,11 @@ class Direction:
         rows = steps.rows
         room = None if steps.saved is None else steps.saved.array
         self.network.run(
-            steps.way.course, panels, steps.x, steps.out, steps.state, final, rows.order, rows.lengths, rows.reset, room
-        )
+            steps.way.course, weights.panels, steps.x, steps.out, steps.state, final,
+            rows.order, rows.lengths, rows.reset, room,
+        )  # fmt: skip
 
-    def forward_again(self, panels: Lent, steps: Steps, x: Array) -> Lent:
+    def forward_again(self, weights: Weights, steps: Steps, x: Array) -> Lent:
         """Run some steps a second time, for what the backward needs alone."""
         course = steps.way.course
         out, way = np.empty_like(steps.out), steps.way
@@ -176,11 +236,11 @@ class Direction:
             way = Way(Course(course.T, course.N, lying(x, out), course.how))
         saved = self.room(course.T, course.N)
         final = np.empty((course.N, self.P), self.dtype), np.empty((course.N, self.H), self.dtype)
-        self.forward(panels, Steps(steps.first, steps.last, x, out, steps.state, steps.rows, way, saved), final)
+        self.forward(weights, Steps(steps.first, steps.last, x, out, steps.state, steps.rows, way, saved), final)
         return saved
 
     def backward(
-        self, panels: Lent, steps: Steps, x: Array, saved: Lent, d_out: Array | None,
+        self, weights: Weights, steps: Steps, x: Array, saved: Lent, d_out: Array | None,
         d_state: tuple[Array | None, Array | None], d_initial: tuple[Array, Array], d_x: Array, add_x: bool,
         d_w: Mapping[str, Array], add_w: bool,
     ) -> None:  # fmt: skip
@@ -193,11 +253,13 @@ class Direction:
         rows, way = steps.rows, steps.way
         ranks = min(way.course.how.ranks, threads.get_num_threads())
         space = way.idle.pop(ranks, None) or self._space(way.course, ranks, rows.lengths is None)
-        space.lay_out(d_out, d_x, rows.reset, add_x, add_w)
+        natural = weights.natural(way.course.T * way.course.N == 1)
+        space.lay_out(d_out, d_x, rows.reset, add_x, add_w, natural.panels is None)
         w_ih, w_hh, b_ih, b_hh, w_hr = self._names
         d_bias = d_w.get(b_ih)
         space.run(
-            x, steps.out, saved.array, panels.array, *steps.state, d_out, *d_state, *d_initial, d_x,
+            x, steps.out, saved.array, *natural.matrices, *self._no_projection, *steps.state,
+            d_out, *d_state, *d_initial, d_x,
             d_w[w_ih], d_w[w_hh], d_bias, d_w.get(w_hr),
             rows.order, rows.lengths, rows.places, rows.active, rows.reset,
         )  # fmt: skip
@@ -235,7 +297,6 @@ class Direction:
             "dots": entry(dots_kernel, self.dtype) if dots else 0,
             "retrace": entry(retrace_kernel, self.dtype) if single else 0,
             "chunk": chunk, "slices": slices, "units_apart": int(units_apart), "groups": groups,
-            **dict(zip(("w_ih", "w_hh", "w_hr"), self.network.natural_offsets, strict=False)),
             "ramp_p": address(self.ramp_p), "ramp_h": address(self.ramp_h),
         }  # fmt: skip
         plan |= {name: stride // size for name, stride in zip(LAYOUT[:4], course.strides, strict=True)}
@@ -288,21 +349,22 @@ class BackwardSpace(Prepared):
         super().__init__(values.values(), self.buffer[offsets["counters"] :][: parts["counters"]], ranks, alike)
 
     def lay_out(
-        self, d_out: Array | None, d_x: Array, reset: Array | None, add_x: bool = False, add_w: bool = False
+        self, d_out: Array | None, d_x: Array, reset: Array | None, add_x: bool = False, add_w: bool = False,
+        as_they_are: bool = False,
     ) -> None:  # fmt: skip
-        """Write to the plan how d_out, d_x and reset lie, and whether to add to what is in d_x and the d_w."""
+        """Write to the plan how d_out, d_x and reset lie, whether to add to what is in d_x and the d_w, and `raw`."""
         strides = *((0, 0) if d_out is None else d_out.strides[:2]), *d_x.strides[:2]
-        wanted = strides, None if reset is None else reset.strides, add_x, add_w
+        wanted = strides, None if reset is None else reset.strides, add_x, add_w, as_they_are
         if wanted == self._laid_out:
             return
         numbers = [stride // d_x.itemsize for stride in strides]
         first = PLAN_FIELDS.index(LAYOUT[4])
-        self.plan[first : first + 8] = *numbers, *(wanted[1] or (0, 0)), add_x, add_w
+        self.plan[first : first + 9] = *numbers, *(wanted[1] or (0, 0)), *wanted[2:]
         self._laid_out = wanted
 
 
 PLAN_FIELDS = list(PLAN.names or ())
-LAYOUT = PLAN_FIELDS[PLAN_FIELDS.index("x_step") : PLAN_FIELDS.index("add_w") + 1]
+LAYOUT = PLAN_FIELDS[PLAN_FIELDS.index("x_step") : PLAN_FIELDS.index("raw") + 1]
 
 
 class LinearGradients:
@@ -328,5 +390,5 @@ class LinearGradients:
         }  # fmt: skip
         space = BackwardSpace(plan, {}, ranks, min(chunk, len(x)), (len(d_weight), I), x.dtype, self._ramp)
         space.lay_out(None, d_x, None)
-        space.run(x, None, None, self._panel, *[None] * 7, d_x, d_weight, None, d_bias)
+        space.run(x, None, None, self._panel, *[None] * 9, d_x, d_weight, None, d_bias)
         return d_x, d_weight
