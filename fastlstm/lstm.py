@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import threading
@@ -31,6 +30,7 @@ from fastlstm.checks import (
 )
 from fastlstm.memory import empty
 from fastlstm.parameters import Layer, Setting
+from fastlstm.threads import load
 
 if TYPE_CHECKING:
     import torch
@@ -251,11 +251,12 @@ class LSTM(Layer, SequenceModel):
         """Return how the layer runs forward, and its panels."""
         network = self._made.get("network")
         if network is None:
-            from fastlstm.kernels.network import Network, Sizes
-
-            sizes = Sizes(self.input_size, self.hidden_size, self._output_size, self.num_layers, self._directions)
+            kernels = load("fastlstm.kernels.network")
+            sizes = kernels.Sizes(
+                self.input_size, self.hidden_size, self._output_size, self.num_layers, self._directions
+            )
             suffixes = [suffix for layer in self._suffixes() for suffix in layer]
-            network = self._made["network"] = Network(sizes, self.dtype, suffixes)
+            network = self._made["network"] = kernels.Network(sizes, self.dtype, suffixes)
         return network, network.pack(params)
 
     def _suffixes(self) -> list[list[str]]:
@@ -385,20 +386,18 @@ class LSTM(Layer, SequenceModel):
         """Record a checked call; `owned`: nobody else writes to its `x`."""
         every = as_interval("checkpoint_every", checkpoint_every)
         random = as_generator(rng) if self.dropout or rng is not None else None
-        return _find_recorder()(self, call, random, every, owned)
+        tape: Tape = load("fastlstm.tape").record_lstm(self, call, random, every, owned)
+        return tape
 
     def _pack_for_training(self, params: Mapping[str, Array]) -> list[list[Weights]]:
         """Return the weights of each direction of each layer as training needs them."""
-        directions = self._made.get("directions")
+        kernels, directions = load("fastlstm.kernels.training"), self._made.get("directions")
         if directions is None:
-            from fastlstm.kernels.training import Direction, Weights
-
-            self._made["weights"] = Weights
             directions = self._made["directions"] = [
-                [Direction(params, suffix, d > 0) for d, suffix in enumerate(layer)] for layer in self._suffixes()
+                [kernels.Direction(params, suffix, d > 0) for d, suffix in enumerate(layer)]
+                for layer in self._suffixes()
             ]
-        make, fixed = self._made["weights"], self._fixed
-        return [[make(direction, params, fixed) for direction in layer] for layer in directions]
+        return [[kernels.Weights(one, params, self._fixed) for one in layer] for layer in directions]
 
     def _check_state(
         self,
@@ -607,14 +606,6 @@ class Stream:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
-
-
-@functools.cache
-def _find_recorder() -> Callable[..., Tape]:
-    """Import what records a call, which brings the kernels with it, when one is first recorded."""
-    from fastlstm.tape import record_lstm
-
-    return record_lstm
 
 
 def _check_lengths(lengths: object, T: int, N: int, batched: bool) -> tuple[Array, Array]:

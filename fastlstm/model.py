@@ -15,11 +15,12 @@ from fastlstm.checks import as_array, as_generator, as_interval, as_out, as_size
 from fastlstm.lstm import LSTM, Call, SequenceModel
 from fastlstm.memory import empty
 from fastlstm.parameters import Layer, Setting, check_names
+from fastlstm.threads import load
 
 if TYPE_CHECKING:
     from fastlstm.kernels.product import Product
     from fastlstm.kernels.training import LinearGradients
-    from fastlstm.tape import Tape
+    from fastlstm.tape import Gradients, Tape
 
 __all__ = ["Linear", "Sequential", "SequentialStream"]
 
@@ -101,9 +102,8 @@ class Linear(Layer):
         return shapes | {"bias": (self.out_features,)} if self._config["bias"] else shapes
 
     def _pack(self, params: Mapping[str, Array]) -> Product:
-        from fastlstm.kernels.product import Product
-
-        return Product(params["weight"], params.get("bias"))
+        product: Product = load("fastlstm.kernels.product").Product(params["weight"], params.get("bias"))
+        return product
 
     def __call__(self, x: ArrayLike, *, out: Array | None = None) -> Array:
         """Apply the layer to every row.
@@ -185,8 +185,7 @@ class Linear(Layer):
 
     def _record(self, x: Array) -> Tape:
         """Record a call on an array that nobody else writes to."""
-        from fastlstm.tape import Gradients, Tape
-
+        results = load("fastlstm.tape")
         weights: LinearGradients = self._training_weights()
         output = empty((*x.shape[:-1], self.out_features), self.dtype)
         shape = (x.size // self.in_features, self.in_features)
@@ -207,14 +206,16 @@ class Linear(Layer):
                 if d_y.size:
                     d_y = d_y.reshape(-1, self.out_features)
                     d_x, found["weight"] = weights.backward(x.reshape(shape), d_y, found.get("bias"))
-            return Gradients(d_x.reshape(x.shape), None, found)
+            gradients: Gradients = results.Gradients(d_x.reshape(x.shape), None, found)
+            return gradients
 
-        return Tape(output, None, backward)
+        tape: Tape = results.Tape(output, None, backward)
+        return tape
 
     def _pack_for_training(self, params: Mapping[str, Array]) -> LinearGradients:
-        from fastlstm.kernels.training import LinearGradients
-
-        return LinearGradients(params["weight"], params.get("bias"))
+        kernels = load("fastlstm.kernels.training")
+        gradients: LinearGradients = kernels.LinearGradients(params["weight"], params.get("bias"))
+        return gradients
 
 
 class Sequential(SequenceModel):
@@ -461,8 +462,7 @@ class Sequential(SequenceModel):
         >>> list(tape.backward(np.ones((4, 2, 1), np.float32)).params)[-2:]
         ['1.weight', '1.bias']
         """
-        from fastlstm.tape import Gradients, Tape
-
+        results = load("fastlstm.tape")
         call = self._check_call(x, state, lengths, reset)
         random, every = as_generator(rng), as_interval("checkpoint_every", checkpoint_every)
         valid = self._valid(call)
@@ -493,13 +493,12 @@ class Sequential(SequenceModel):
                 if valid is not None and d_output is not None and isinstance(self._layers[i], Linear):
                     d_output = np.where(valid, d_output, self.dtype.type(0))
                 d_output, states[i], params[i] = tapes[i].backward(d_output, d_states[i])
-            return Gradients(
-                d_output,
-                states,
-                {f"{i}.{name}": array for i, found in enumerate(params) for name, array in found.items()},
-            )
+            named = {f"{i}.{name}": array for i, found in enumerate(params) for name, array in found.items()}
+            gradients: Gradients = results.Gradients(d_output, states, named)
+            return gradients
 
-        return Tape(y, states_n, backward)
+        tape: Tape = results.Tape(y, states_n, backward)
+        return tape
 
     def _valid(self, call: Call) -> Array | None:
         """Return whether each step lies within the length of its row, laid out as the output; None: all do."""

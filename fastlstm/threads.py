@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 import os
 import sys
@@ -9,6 +11,7 @@ import threading
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 from fastlstm.checks import as_size
 
@@ -22,6 +25,8 @@ _in_forked_child = False
 _threads: int | None = None
 region = threading.Lock()
 """Held while a parallel region runs; whoever does not get it at once computes on its own thread, to the same bits."""
+loading = threading.RLock()
+"""Held while a first call imports and compiles: no fork meanwhile, since a child would keep the locks for ever."""
 
 
 def _after_fork() -> None:
@@ -32,6 +37,14 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=loading.acquire, after_in_parent=loading.release, after_in_child=loading.release)
+
+
+@functools.cache
+def load(module: str) -> ModuleType:
+    """Import a module, with all that it brings, when a call first needs it."""
+    with loading:
+        return importlib.import_module(module)
 
 
 def may_run_parallel() -> bool:
@@ -51,9 +64,7 @@ def _available() -> int:
 
 def _pool_size() -> int:
     """Return how many threads Numba can run, fixed when its pool starts."""
-    import numba
-
-    return int(numba.config.NUMBA_NUM_THREADS)
+    return int(load("numba").config.NUMBA_NUM_THREADS)
 
 
 def get_num_threads() -> int:

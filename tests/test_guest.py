@@ -352,6 +352,53 @@ assert same()
     run(code, NUMBA_THREADING_LAYER=threading_layer)
 
 
+@can_fork
+def test_no_fork_during_the_imports_of_a_first_call(threading_layer: str) -> None:
+    """A child forked meanwhile would wait for ever for a module that only its parent's other thread was to finish."""
+    code = """
+import sys, threading, time
+import numpy as np
+import fastlstm
+
+class Witness:
+    unguarded = []
+    def find_spec(self, name, path=None, target=None):
+        if not fastlstm.threads.loading._is_owned():
+            self.unguarded.append(name)
+
+sys.meta_path.insert(0, Witness())
+fastlstm.set_num_threads(2)
+x = np.zeros((64, 32, 128), np.float32)
+layer = fastlstm.LSTM(128, 128)
+model = fastlstm.Sequential(layer, fastlstm.Linear(128, 512))
+model(x)
+model.stream(32)(x[0])
+tape = model.record(x)
+tape.backward(tape.output)
+import numba
+assert numba.threading_layer() == sys.argv[1]
+assert "multiprocessing" in sys.modules and not Witness.unguarded, Witness.unguarded
+
+import os, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of a fork beside threads
+inside, done = threading.Event(), []
+def first_call():
+    with fastlstm.threads.loading:
+        inside.set()
+        time.sleep(0.3)
+        done.append(True)
+thread = threading.Thread(target=first_call)
+thread.start()
+inside.wait()
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if done else 1)
+assert os.waitpid(pid, 0)[1] == 0
+thread.join()
+"""
+    run_python(code, threading_layer, NUMBA_THREADING_LAYER=threading_layer, NUMBA_NUM_THREADS="2")
+
+
 MULTIPROCESSING = """
 import multiprocessing, sys
 import numpy as np

@@ -13,7 +13,6 @@ import pickle
 import platform
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,17 +27,11 @@ from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 
 from fastlstm.checks import NoCompilerError
+from fastlstm.threads import loading
 
 __all__ = ["cache_folder", "entry", "parallel_region", "unique"]
 
 Description = Callable[..., tuple[Callable[..., Any], Any]]
-
-_lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # no fork while another thread compiles: the child would lack it and keep its locks
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-
 
 _FLAGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "CPU_NAME", "CPU_FEATURES")
 
@@ -162,7 +155,7 @@ def _entry(describe: Description, dtype: np.dtype[Any] | None, *options: str) ->
 
 def entry(describe: Description, dtype: np.dtype[Any] | None = None, *options: str) -> int:
     """Return the address of the compiled kernel whose function and signature `describe(dtype, *options)` gives."""
-    with _lock:
+    with loading:
         return _entry(describe, dtype, *options)[0]
 
 
@@ -228,5 +221,5 @@ def _region(function: Callable[..., Any], signature: Any) -> Any:
 
 def parallel_region(function: Callable[..., Any], signature: Any) -> Any:
     """Return a compiled function with a parallel region, for Python, with the GIL released while it runs."""
-    with _lock:
+    with loading:
         return _region(function, signature)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -29,6 +30,13 @@ _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
 _pool: ThreadPoolExecutor | None = None
 
 
+@functools.cache
+def _launch() -> None:
+    """Have Numba choose the threading layer, if nothing has yet; it imports multiprocessing for that."""
+    with threads.loading:
+        parallel._launch_threads()
+
+
 def run_region(plan: NDArray[np.int64], ranks: int) -> bool:
     """Run a plan once for each rank, in one parallel region; return False where none is to be had.
 
@@ -39,7 +47,7 @@ def run_region(plan: NDArray[np.int64], ranks: int) -> bool:
     if not threads.may_run_parallel() or not threads.region.acquire(blocking=False):
         return False
     try:
-        parallel._launch_threads()  # chooses the threading layer, if nothing has yet
+        _launch()
         if numba.threading_layer() == "workqueue":
             _run_on_own_threads(plan, ranks)
         else:
