@@ -74,6 +74,27 @@ assert not new, new
     run_python(code, str(tmp_path), FASTLSTM_CACHE=str(tmp_path), NUMBA_NUM_THREADS="2")
 
 
+def test_nothing_is_left_to_compile_for_training_after_its_warmup(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+import numpy as np, fastlstm
+fastlstm.set_num_threads(2)
+fastlstm.warmup(("float32", "float64"), training=True)
+compiled = set(Path(sys.argv[1]).rglob("*.*"))
+assert compiled
+for dtype in ("float32", "float64"):
+    for I, H, P, N, T in ((1, 16, 0, 1, 300), (40, 40, 0, 3, 9), (32, 32, 0, 1, 1), (256, 256, 100, 64, 20)):
+        layers = fastlstm.LSTM(I, H, proj_size=P, dtype=dtype), fastlstm.Linear(P or H, 3, dtype=dtype)
+        reset = np.zeros((T, N), bool) if N == 3 else None
+        tape = fastlstm.Sequential(*layers).record(np.ones((T, N, I), dtype), reset=reset)
+        tape.backward(tape.output)
+new = set(Path(sys.argv[1]).rglob("*.*")) - compiled
+assert not new, new
+"""
+    run_python(code, str(tmp_path), FASTLSTM_CACHE=str(tmp_path), NUMBA_NUM_THREADS="2")
+
+
 def test_a_first_call_with_a_warm_cache_loads_nothing_of_the_compiler(tmp_path):
     code = """
 import sys

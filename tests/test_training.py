@@ -316,6 +316,8 @@ SIZES = [
     *grid(
         Case(N=1, I=2, H=5, D=2, reset=True), T=(1, 2, 3, 255, 256, 257, 511, 513, 600), dtype=BOTH
     ),  # ends of chunks
+    *grid(Case(N=1, I=2, H=21, D=2), T=(1, 2, 255, 256, 257, 513, 600), dtype=BOTH),  # in one call of the tile each
+    *grid(Case(T=1, N=1), I=(1, 4, 16, 48), H=(16, 32, 64), dtype=BOTH),  # on weights that are not packed
     *grid(replace(MANY, N=7, D=2), T=(1, 35, 36, 37, 72, 73, 110), P=(0, 2), dtype=BOTH),
     *grid(Case(T=150, N=5, I=3, H=9), lengths=(False, True), P=(0, 4), dtype=BOTH),
     *grid(Case(T=3, N=7, I=5), H=(47, 48, 49, 63, 64, 65, 96, 97, 127, 128, 131), dtype=BOTH),
@@ -345,6 +347,7 @@ LARGE = [
     *grid(Case(T=24, N=7, I=17, H=211, lengths=True, reset=True), P=(0, 83), dtype=BOTH),
     *grid(Case(T=9, N=1, I=40, H=301), D=(1, 2), dtype=BOTH),
     *grid(Case(T=25, N=211, I=40, H=40, L=2, lengths=True), dtype=BOTH),
+    *grid(Case(T=64, N=8, I=13, H=520), dtype=BOTH),  # chunks of 512 rows, and a few columns left
 ]
 
 
@@ -547,6 +550,7 @@ CHECKPOINTED = [
     *grid(SEVERAL_CHUNKS, L=(1, 2), D=(1, 2), P=(0, 6), lengths=(False, True), reset=(False, True)),
     *grid(SEVERAL_CHUNKS, D=(1, 2), state=(False,), layout=("TNI", "NTI"), dtype=BOTH),
     *grid(replace(SEVERAL_CHUNKS, T=600, N=1, layout="TI"), D=(1, 2), P=(0, 6), dtype=BOTH),
+    *grid(replace(SEVERAL_CHUNKS, T=600, N=1, P=0, lengths=False, reset=False), I=(3, 17), D=(1, 2), dtype=BOTH),
     *grid(replace(SEVERAL_CHUNKS, T=9, N=300), D=(1, 2)),  # chunks of one step
 ]
 
