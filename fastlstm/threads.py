@@ -25,8 +25,6 @@ _in_forked_child = False
 _threads: int | None = None
 region = threading.Lock()
 """Held while a parallel region runs; whoever does not get it at once computes on its own thread, to the same bits."""
-loading = threading.RLock()
-"""Held while a first call imports and compiles: no fork meanwhile, since a child would keep the locks for ever."""
 
 
 def _after_fork() -> None:
@@ -37,14 +35,12 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-    os.register_at_fork(before=loading.acquire, after_in_parent=loading.release, after_in_child=loading.release)
 
 
 @functools.cache
 def load(module: str) -> ModuleType:
     """Import a module, with all that it brings, when a call first needs it."""
-    with loading:
-        return importlib.import_module(module)
+    return importlib.import_module(module)
 
 
 def may_run_parallel() -> bool:

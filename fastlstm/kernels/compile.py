@@ -13,6 +13,7 @@ import pickle
 import platform
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -27,11 +28,18 @@ from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 
 from fastlstm.checks import NoCompilerError
-from fastlstm.threads import loading
 
-__all__ = ["cache_folder", "entry", "parallel_region", "unique"]
+__all__ = ["cache_folder", "compiling", "entry", "parallel_region", "unique"]
 
 Description = Callable[..., tuple[Callable[..., Any], Any]]
+
+compiling = threading.RLock()
+"""Held while something is compiled, or loaded for a first call; a fork waits for it: a child would keep its locks."""
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=compiling.acquire, after_in_parent=compiling.release, after_in_child=compiling.release)
+
 
 _FLAGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "CPU_NAME", "CPU_FEATURES")
 
@@ -155,7 +163,7 @@ def _entry(describe: Description, dtype: np.dtype[Any] | None, *options: str) ->
 
 def entry(describe: Description, dtype: np.dtype[Any] | None = None, *options: str) -> int:
     """Return the address of the compiled kernel whose function and signature `describe(dtype, *options)` gives."""
-    with loading:
+    with compiling:
         return _entry(describe, dtype, *options)[0]
 
 
@@ -221,5 +229,5 @@ def _region(function: Callable[..., Any], signature: Any) -> Any:
 
 def parallel_region(function: Callable[..., Any], signature: Any) -> Any:
     """Return a compiled function with a parallel region, for Python, with the GIL released while it runs."""
-    with loading:
+    with compiling:
         return _region(function, signature)

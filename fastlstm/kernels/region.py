@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastlstm import threads
 from fastlstm.kernels.call import FIRST, address, bind
-from fastlstm.kernels.compile import parallel_region
+from fastlstm.kernels.compile import compiling, parallel_region
 from fastlstm.kernels.team import run_parallel
 
 __all__ = ["Prepared", "run_region"]
@@ -33,7 +33,7 @@ _pool: ThreadPoolExecutor | None = None
 @functools.cache
 def _launch() -> None:
     """Have Numba choose the threading layer, if nothing has yet; it imports multiprocessing for that."""
-    with threads.loading:
+    with compiling:
         parallel._launch_threads()
 
 
