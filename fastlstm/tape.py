@@ -215,7 +215,7 @@ class _Recording:
         d_h_n, d_c_n = lstm._check_state(d_state, self.N, self.batched, "d_state", ("d_h_n", "d_c_n"))
         D, P = lstm._directions, lstm._output_size
         d_h_0, d_c_0 = np.empty(self.h_n.shape, lstm.dtype), np.empty(self.c_n.shape, lstm.dtype)
-        d_w = {name: make() for layer in self.weights for one in layer for name, make in one.direction.makers}
+        d_w: dict[str, Array] = {}
         for k in reversed(range(lstm.num_layers)):
             shape = (self.T, self.N, self.weights[k][0].direction.I) if k else self.x_shape
             d_x = empty(shape, lstm.dtype)
@@ -223,6 +223,8 @@ class _Recording:
             x = self._drop(self.between[k - 1], k - 1) if k and self.masks else None
             for d, weights in enumerate(self.weights[k]):
                 index = k * D + d
+                for name, make in weights.direction.makers:
+                    d_w[name] = make()
                 part = d_out if d_out is None or D == 1 else d_out[:, :, d * P : (d + 1) * P]
                 final = None if d_h_n is None else d_h_n[index], None if d_c_n is None else d_c_n[index]
                 initial = d_h_0[index], d_c_0[index]
@@ -231,7 +233,7 @@ class _Recording:
             if k and lstm.dropout:
                 d_out = self._drop(to, k - 1)
         state = (d_h_0, d_c_0) if self.batched else (d_h_0[:, 0], d_c_0[:, 0])
-        return Gradients(d_x, state, d_w)
+        return Gradients(d_x, state, d_w if len(self.weights) == 1 else {name: d_w[name] for name in lstm._params})
 
     def _backward(
         self, weights: Weights, segments: list[Steps], x: Array | None, d_out: Array | None,

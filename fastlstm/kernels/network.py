@@ -277,10 +277,11 @@ def lying(x: Array, out: Array) -> Strides:
 class Course:
     """How calls of one size are run, and the workspaces that some of them have left to the next."""
 
-    __slots__ = ("N", "T", "_idle", "how", "strides")
+    __slots__ = ("N", "T", "_idle", "how", "once", "strides")
 
     def __init__(self, T: int, N: int, strides: Strides, how: Strategy) -> None:
         self.T, self.N, self.strides, self.how = T, N, strides, how
+        self.once = T * N == 1  # each weight is used a single time
         self._idle: dict[bool, Workspace] = {}  # by whether the call is recorded
 
     def take(self, recorded: bool) -> Workspace | None:

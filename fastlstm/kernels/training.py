@@ -42,7 +42,7 @@ LARGE_GRADIENTS = 4 << 20  # bytes of d_W that had better not be read at every c
 LARGE_CHUNK_ROWS = 512
 KEPT_WAYS = 4
 NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"
-KEPT_SPACE, KEPT_ROOM = 8 << 20, 64 << 20  # bytes of a scratch and of a tape that are left to the next call
+KEPT_SPACE, KEPT_ROOM = 32 << 20, 64 << 20  # bytes of a scratch and of a tape that are left to the next call
 
 
 class Rows(NamedTuple):
@@ -223,6 +223,7 @@ class Direction:
         """
         rows = steps.rows
         room = None if steps.saved is None else steps.saved.array
+        weights.natural(steps.way.course.once)  # not during the backward: between results it would move all of them
         self.network.run(
             steps.way.course, weights.panels, steps.x, steps.out, steps.state, final,
             rows.order, rows.lengths, rows.reset, room,
@@ -253,7 +254,7 @@ class Direction:
         rows, way = steps.rows, steps.way
         ranks = min(way.course.how.ranks, threads.get_num_threads())
         space = way.idle.pop(ranks, None) or self._space(way.course, ranks, rows.lengths is None)
-        natural = weights.natural(way.course.T * way.course.N == 1)
+        natural = weights.natural(way.course.once)
         space.lay_out(d_out, d_x, rows.reset, add_x, add_w, natural.panels is None)
         w_ih, w_hh, b_ih, b_hh, w_hr = self._names
         d_bias = d_w.get(b_ih)
