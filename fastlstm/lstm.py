@@ -76,7 +76,7 @@ class SequenceModel(ABC):
 
     def _check_call(self, x: object, state: object, lengths: object, reset: object) -> Call:
         """Check the arguments of a call."""
-        array = x if is_ready(x, self.dtype) else as_array("x", x, self.dtype)
+        array = as_array("x", x, self.dtype)
         shape = array.shape
         batched = len(shape) == 3
         if not (batched or len(shape) == 2) or shape[-1] != self.input_size:

@@ -157,8 +157,7 @@ class Network:
         weights = []
         for b_ih, b_hh, matrices in self._names:
             weights.append(params[b_ih] + params[b_hh] if b_ih in params else self._no_bias)
-            for name in matrices:
-                weights.append(params[name])
+            weights += [params[name] for name in matrices]
         panels = self._spare.lend(self._packing.size, self.dtype)
         self._packing.make(weights, panels.array)
         return panels
