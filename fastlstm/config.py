@@ -142,6 +142,6 @@ def warmup(dtypes: Iterable[DTypeLike] = ("float32",), training: bool = False) -
         linear(x)
         lstm.stream()(x[0, :1])
         if training:
-            single = LSTM(1, 8, dtype=dtype, rng=0)  # one row of few inputs has tiles of its own
-            for tape in lstm.record(x[:2]), linear.record(x), single.record(x[:, :1, :1]):
+            few, one = LSTM(1, 8, dtype=dtype, rng=0), LSTM(64, 64, dtype=dtype, rng=0)  # have tiles of their own
+            for tape in lstm.record(x[:2]), linear.record(x), few.record(x[:, :1, :1]), one.record(x[:1, :1]):
                 tape.backward(tape.output)

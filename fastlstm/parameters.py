@@ -113,8 +113,10 @@ class Layer(ABC):
         self._set_params(state["params"])
 
     def _set_params(self, params: Mapping[str, Array]) -> None:
-        owned = {name: np.ascontiguousarray(array) for name, array in params.items()}
-        for array in owned.values():
+        owned = dict(params)
+        for name, array in params.items():
+            if not array.flags.c_contiguous:
+                array = owned[name] = np.ascontiguousarray(array)
             if array.flags.writeable:
                 array.setflags(write=False)
         self.__dict__["_params"] = owned

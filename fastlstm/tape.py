@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastlstm.checks import as_array
-from fastlstm.kernels.training import Direction, Rows, Steps, Weights
+from fastlstm.kernels.training import EVERY_ROW, Direction, Rows, Steps, Weights
 from fastlstm.memory import empty
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ class _Recording:
             self.lengths[self.order] = lengths
         if reset is not None:
             self.reset = np.array(reset)
+        self.alike = every is None and lengths is None and reset is None and self.T * self.N > 0
+        """Whether all steps are one segment, of all rows each."""
         self.h_n, self.c_n = np.empty((L * D, self.N, P), dtype), np.empty((L * D, self.N, H), dtype)
         self.layers: list[list[list[Steps]]] = []  # of each layer, each direction
         self.between: list[Array] = []  # outputs of all layers but the last
@@ -141,6 +143,9 @@ class _Recording:
                 initial = h_0 if h_0 is None else h_0[index], c_0 if c_0 is None else c_0[index]
                 to = y if D == 1 else y[:, :, d * P : (d + 1) * P]
                 segments.append(self._forward(weights, x, to, initial, (self.h_n[index], self.c_n[index])))
+                if self.masks:  # the input is that of before with its mask, and will be again
+                    for steps in segments[-1]:
+                        steps.x = _nothing
             self.layers.append(segments)
             if not last:
                 x = y
@@ -172,8 +177,13 @@ class _Recording:
 
     def _forward(self, weights: Weights, x: Array, y: Array, initial: Pair, final: tuple[Array, Array]) -> list[Steps]:
         """Run one direction of one layer."""
-        segments: list[Steps] = []
         direction = weights.direction
+        if self.alike:
+            way = direction.way(x, y, None)
+            steps = Steps(0, self.T, x, y, initial, EVERY_ROW, way, direction.room(self.T, self.N))
+            direction.forward(weights, steps, final)
+            return [steps]
+        segments: list[Steps] = []
         if self.T == 0 or self.N == 0:
             for to, start in zip(final, initial, strict=True):
                 to[...] = 0 if start is None else start
@@ -197,8 +207,6 @@ class _Recording:
             steps = Steps(first, last, x_part, y_part, state, rows, way, saved, cut)
             state = final if last == cuts[-1][1] else (np.empty_like(final[0]), np.empty_like(final[1]))
             direction.forward(weights, steps, state)
-            if self.masks:  # the input is that of before with its mask, and will be again
-                steps.x = _nothing
             segments.append(steps)
         return segments
 
@@ -244,6 +252,13 @@ class _Recording:
         x : what the steps were given, where they have not kept it.
         """
         direction = weights.direction
+        if self.alike:
+            (steps,) = segments
+            saved = steps.saved
+            assert saved is not None
+            given = steps.x if x is None else x
+            direction.backward(weights, steps, given, saved, d_out, d_state, d_initial, d_x, add_x, d_w, False)
+            return
         if not segments:
             for array in (*(d_w[name] for name, _ in direction.makers), d_x):
                 array[...] = 0

@@ -63,7 +63,7 @@ PLAN = record(
     "J", "parts",  # numbers in a row of d_z, parts of a sum over them: 4H and 4; where it is linear the outputs and 1
     "zeros", "ones",  # as many as the largest row; DOWN_DEPTH
     "multiply", "cell", "pack", "add",  # the tiles
-    "retrace", "dots", "turn",  # 0: not for these rows, this input, these sizes
+    "retrace", "dots", "turn", "outer",  # 0: not for these rows, this input, these sizes
     "chunk", "most",  # steps in a chunk, and its rows
     "units_apart",  # 1: the units are shared out; 0: the rows
     "slices",  # of a large batch, one after the other
@@ -487,6 +487,13 @@ def backward_kernel(dtype: np.dtype):
         add = int(p.add_w != 0 or q.done > 0 or q.first > 0)
         blocks = (p.J + LEFT - 1) // LEFT
         first, last = blocks * share // q.shares * LEFT, min(p.J, blocks * (share + 1) // q.shares * LEFT)
+        if p.outer and q.rows == 1:
+            call_tile(p.outer, (0, first, last, p.d_z, p.I, integer_at(p.x_from), p.d_w_ih, add))
+            call_tile(p.outer, (0, first, last, p.d_z, p.P, integer_at(p.h_from), p.d_w_hh, add))
+            if p.d_bias:
+                at = first * size
+                call_tile(p.outer, (0, 0, 1, p.ones, last - first, p.d_z + at, p.d_bias + at, add))
+            return
         outer(p, q, p.left_z, first, last, p.panel_x, p.I, p.d_w_ih, p.ramp_i, p.d_bias, add)
         outer(p, q, p.left_z, first, last, p.panel_h, p.P, p.d_w_hh, p.ramp_p, 0, add)
         if p.projected:
@@ -613,8 +620,9 @@ def backward_kernel(dtype: np.dtype):
                 else:
                     q.kind = STEPS
                     run_phase(p, q)
-                q.kind = PACK
-                run_phase(p, q)
+                if q.rows > 1 or not p.outer:
+                    q.kind = PACK
+                    run_phase(p, q)
                 q.kind = GRADIENTS
                 run_phase(p, q)
             q.done += q.steps

@@ -34,6 +34,7 @@ __all__ = [
     "cell_kernel",
     "most_rows",
     "multiply_kernel",
+    "outer_kernel",
     "pack_kernel",
     "pieces",
 ]
@@ -181,12 +182,18 @@ def _emit_multiply(
 
             zeros = b.splat(ir.Constant(b.scalar, 0.0), b.lanes)
             sums = b.loop(parts, one_part, [zeros] * (piece.rows * vectors))
-        there = b.ir.select(b.ir.icmp_signed("!=", add, I64(0)), valid, I64(0))
-        for r, to in enumerate(_table(b, b.pointer(out), out_rows, row0, piece.rows)):
-            for v in range(vectors):
-                at = to + v * b.lanes
-                old = at.load_first(b.lanes, b.ir.sub(there, I64(v * b.lanes)))
-                at.store_first(sums[r * vectors + v] + old, b.ir.sub(valid, I64(v * b.lanes)))
+        places = [
+            (to + v * b.lanes, b.ir.sub(valid, I64(v * b.lanes)))
+            for to in _table(b, b.pointer(out), out_rows, row0, piece.rows)
+            for v in range(vectors)
+        ]
+        with b.ir.if_else(b.ir.icmp_signed("!=", add, I64(0))) as (adding, writing):
+            with adding:
+                for (at, count), vec in zip(places, sums, strict=True):
+                    at.store_first(vec + at.load_first(b.lanes, count), count)
+            with writing:  # a load, even of no lanes, would wait for the line: outer products lose a fifth
+                for (at, count), vec in zip(places, sums, strict=True):
+                    at.store_first(vec, count)
         return []
 
     b.loop(tiles, tile)
@@ -424,6 +431,34 @@ def _emit_dots(b: Builder, columns: int, rows, a, a_rows, depth, panel, out, out
     b.loop(rows, one_row)
 
 
+def _emit_outer(b: Builder, _: object, first, last, a, columns, row, out, add) -> None:
+    """Emit out[j] (+)= a[j] * row for j from `first` to `last`: what a product of depth 1 is, line by line.
+
+    row : (columns,).  out : (.., columns).  add : 1 adds to what is there, 0 does not read it.
+    """
+    zeros = b.splat(ir.Constant(b.scalar, 0.0), b.lanes)
+
+    def one_line(n: ir.Value, _: list[Vec]) -> list[Vec]:
+        j = b.ir.add(first, n)
+        to, number = b.pointer(out) + b.ir.mul(j, columns), (b.pointer(a) + j).broadcast(b.lanes)
+
+        def some(n: ir.Value, _: list[Vec]) -> list[Vec]:
+            at = b.ir.mul(n, I64(b.lanes))
+            valid = b.ir.sub(columns, at)
+            product = fma(number, (b.pointer(row) + at).load_first(b.lanes, valid), zeros)
+            with b.ir.if_else(b.ir.icmp_signed("!=", add, I64(0))) as (adding, writing):
+                with adding:
+                    (to + at).store_first(product + (to + at).load_first(b.lanes, valid), valid)
+                with writing:
+                    (to + at).store_first(product, valid)
+            return []
+
+        b.loop(b.ir.sdiv(b.ir.add(columns, I64(b.lanes - 1)), I64(b.lanes)), some)
+        return []
+
+    b.loop(b.ir.sub(last, first), one_line)
+
+
 def _emit_turn(b: Builder, _: object, rows, count, source, line, out, stride, add) -> None:
     """Emit out[j][row] (+)= source[row][j]: `rows` rows of `count` numbers, lines `line` and `stride` apart."""
     there = b.ir.select(b.ir.icmp_signed("!=", add, I64(0)), I64(1), I64(0))
@@ -521,6 +556,16 @@ def dots_kernel(dtype: np.dtype):
         tile(table)
 
     return dots, types.void(types.int64)
+
+
+def outer_kernel(dtype: np.dtype):
+    """Describe the outer product of two rows: of an int64 table, a 0 and what `_emit_outer` takes."""
+    tile = kernel(dtype, "outer", 7, _emit_outer, {0: None})
+
+    def outer(table):
+        tile(table)
+
+    return outer, types.void(types.int64)
 
 
 def turn_kernel(dtype: np.dtype):

@@ -15,10 +15,12 @@ from fastlstm.kernels.compile import entry
 from fastlstm.kernels.panels import (
     Packing,
     Panel,
+    bias_panel,
     columns_panel,
     cut_columns,
     cut_units,
     gates_panel,
+    natural_panel,
 )
 from fastlstm.kernels.product import L2_BYTES, tile_rows
 from fastlstm.kernels.region import Prepared
@@ -35,6 +37,7 @@ from fastlstm.kernels.tile import (
     project_kernel,
     record_kernel,
     tile_table,
+    unpacked_kernel,
 )
 from fastlstm.memory import CACHE_LINE, Lent, Spare, aligned
 
@@ -108,10 +111,12 @@ class Network:
         What the names of the weights of each layer and direction end in.
     reverse : bool, default False
         Whether the one direction runs from the last step to the first.
+    trained : bool, default False
+        Whether panels for the backward of the one direction lie behind those for the forward.
     """
 
     def __init__(
-        self, sizes: Sizes, dtype: np.dtype[Any], suffixes: Sequence[str], reverse: bool = False
+        self, sizes: Sizes, dtype: np.dtype[Any], suffixes: Sequence[str], reverse: bool = False, trained: bool = False
     ) -> None:  # fmt: skip
         self.sizes, self.dtype, self.projected = sizes, dtype, sizes.P != sizes.H
         self.cut, self.p_cut = cut_units(sizes.H, dtype), cut_columns(sizes.P, dtype)
@@ -122,9 +127,9 @@ class Network:
         self._no_bias = np.zeros(GATES * sizes.H, dtype)
         self._courses: dict[tuple[Any, ...], Course] = {}  # of calls before, for calls like them
         self._spare = Spare(KEPT_PANELS)
-        matrices = ("weight_ih", "weight_hh", "weight_hr")[: 2 + self.projected]
-        self._names = [(f"bias_ih{s}", f"bias_hh{s}", [name + s for name in matrices]) for s in suffixes]
-        self._describe_packing()
+        names = ("bias_ih", "bias_hh", "weight_ih", "weight_hh", "weight_hr")[: 4 + self.projected]
+        self._names = [name + suffix for suffix in suffixes for name in names]
+        self._describe_packing(trained)
         plan: dict[str, int] = dict.fromkeys(PLAN.names or (), 0)
         plan |= {
             "kernel": entry(forward_kernel, dtype), "H": sizes.H, "P": sizes.P, "L": sizes.L, "D": sizes.D,
@@ -135,31 +140,32 @@ class Network:
         }  # fmt: skip
         self._plan = plan
 
-    def _describe_packing(self) -> None:
-        """Describe the panels of all weights in the order of `pack`."""
+    def _describe_packing(self, trained: bool) -> None:
+        """Describe the panels of all weights, which come in the order of `_names`."""
         s = self.sizes
-        panels: list[Panel] = []
+        panels: list[tuple[int, Panel]] = []
         depths = [s.I if layer == 0 else s.D * s.P for layer in range(s.L) for _ in range(s.D)]
-        for I in depths:
-            found = [gates_panel(s.H, K, self.cut) for K in (1, I, s.P)]
+        for first, I in zip(range(0, len(self._names), 4 + self.projected), depths, strict=True):
+            panels.append((first, bias_panel(s.H, self.cut)))
+            panels += [(first + 2 + k, gates_panel(s.H, K, self.cut)) for k, K in enumerate((I, s.P))]
             if self.projected:
-                found.append(columns_panel(s.P, s.H, self.p_cut))
-            panels += found
-        self.weight_bytes = sum(panel.size for panel in panels) * self.dtype.itemsize
-        self._packing = Packing([*enumerate(panels)], self.dtype)
+                panels.append((first + 4, columns_panel(s.P, s.H, self.p_cut)))
+        self.weight_bytes = sum(panel.size for _, panel in panels) * self.dtype.itemsize
+        forward, each = len(panels), len(panels) // len(depths)
+        if trained:
+            shapes = ((GATES * s.H, s.I), (GATES * s.H, s.P), (s.P, s.H))[: 2 + self.projected]
+            panels += [(2 + k, natural_panel(*shape, self.dtype)) for k, shape in enumerate(shapes)]
+        self._packing = Packing(panels, self.dtype)
+        self.natural = [offset // self.dtype.itemsize for offset in self._packing.offsets[forward:]]
+        """Where the panels for the backward are, of W_ih, W_hh and, where there is a projection, W_hr, in numbers."""
         self._weights = np.zeros((len(depths), len(WEIGHT_FIELDS)), np.int64)
         self._weights[:, 0] = depths
-        each = len(panels) // len(depths)
-        self._weights[:, 1 : 1 + each] = np.reshape(self._packing.offsets, (-1, each))
+        self._weights[:, 1 : 1 + each] = np.reshape(self._packing.offsets[:forward], (-1, each))
 
     def pack(self, params: Mapping[str, Array]) -> Lent:
         """Return the panels of weights under PyTorch's names."""
-        weights = []
-        for b_ih, b_hh, matrices in self._names:
-            weights.append(params[b_ih] + params[b_hh] if b_ih in params else self._no_bias)
-            weights += [params[name] for name in matrices]
         panels = self._spare.lend(self._packing.size, self.dtype)
-        self._packing.make(weights, panels.array)
+        self._packing.make([params.get(name, self._no_bias) for name in self._names], panels.array)
         return panels
 
     def _fits_tile(self, rows: int) -> bool:
@@ -189,7 +195,9 @@ class Network:
         offsets |= {"scratch": counters, "middle": counters + how.ranks * per_rank}
         return counters + how.ranks * per_rank + middle, offsets
 
-    def plan(self, base: int, offsets: dict[str, int], how: Strategy, recorded: bool, **values: int) -> Iterable[int]:
+    def plan(
+        self, base: int, offsets: dict[str, int], how: Strategy, recorded: bool, unpacked: bool, **values: int
+    ) -> Iterable[int]:  # fmt: skip
         """Return the plan of a call with a scratch at an address."""
         plan = self._plan | offsets
         plan |= values
@@ -198,9 +206,11 @@ class Network:
         plan["counters"] = base
         plan["ranks"], plan["shares"], plan["groups"] = how.ranks, how.shares, how.groups
         plan["hoisted"], plan["chunk"] = how.hoisted, how.chunk
+        if unpacked:
+            plan["unpacked"] = entry(unpacked_kernel, self.dtype)
         plan["fetch"] = self.weight_bytes // (self.sizes.L * self.sizes.D * how.shares) > L2_BYTES
         fetching = bool(plan["fetch"])
-        if how.hoisted or self.projected:
+        if how.hoisted * (not unpacked) or self.projected:
             tail = self.cut.tail_units + self.p_cut.tail_units * self.projected > 0
             plan["project"] = address(tile_table(project_kernel, self.dtype, EVERY, tail, fetching))
         groups = how.groups if how.shares == 1 else 1
@@ -244,13 +254,14 @@ class Network:
         self.run(course, panels, x, out, state_in, state_out, order, lengths, reset)
 
     def run(
-        self, course: Course, panels: Lent, x: Array, out: Array, state_in: tuple[Array | None, Array | None],
+        self, course: Course, panels: Lent | None, x: Array, out: Array, state_in: tuple[Array | None, Array | None],
         state_out: tuple[Array, Array], order: Array | None, lengths: Array | None, reset: Array | None,
-        saved: Array | None = None,
+        saved: Array | None = None, weights: Sequence[Array] = (),
     ) -> None:  # fmt: skip
         """Run a batch of sequences of a course's size; rows are dealt to its groups already.
 
         saved : what the plan says, rows in that order, written for the backward.
+        weights : W_ih, W_hh, b_ih, b_hh, where the course reads them as they are, instead of panels.
         """
         recorded = saved is not None
         space = course.take(recorded) if reset is None else None
@@ -258,7 +269,7 @@ class Network:
             space = Workspace(self, course, recorded, order, lengths, reset)
         elif lengths is not None:
             space.plan[ROWS : ROWS + 2] = address(order), address(lengths)
-        space.run(x, out, *state_out, *state_in, panels.array, saved)
+        space.run(x, out, *state_out, *state_in, None if panels is None else panels.array, saved, *weights)
         if reset is None:
             course.leave(space)
 
@@ -276,11 +287,11 @@ def lying(x: Array, out: Array) -> Strides:
 class Course:
     """How calls of one size are run, and the workspaces that some of them have left to the next."""
 
-    __slots__ = ("N", "T", "_idle", "how", "once", "strides")
+    __slots__ = ("N", "T", "_idle", "how", "strides", "unpacked")
 
-    def __init__(self, T: int, N: int, strides: Strides, how: Strategy) -> None:
-        self.T, self.N, self.strides, self.how = T, N, strides, how
-        self.once = T * N == 1  # each weight is used a single time
+    def __init__(self, T: int, N: int, strides: Strides, how: Strategy, unpacked: bool = False) -> None:
+        self.T, self.N, self.strides, self.unpacked = T, N, strides, unpacked
+        self.how = how._replace(hoisted=True) if unpacked else how
         self._idle: dict[bool, Workspace] = {}  # by whether the call is recorded
 
     def take(self, recorded: bool) -> Workspace | None:
@@ -313,7 +324,7 @@ class Workspace(Prepared):
             "reset_step": reset_step, "reset_row": reset_row, "h": base, "c": base + h_bytes,
         } | dict(values or {})  # fmt: skip
         counters = buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
-        numbers = network.plan(base + h_bytes + c_bytes, offsets, how, recorded, **own)
+        numbers = network.plan(base + h_bytes + c_bytes, offsets, how, recorded, course.unpacked, **own)
         self.buffer, self.nbytes, self.recorded = buffer, buffer.nbytes, recorded
         super().__init__(numbers, counters, how.ranks, alike=lengths is None)
 

@@ -19,7 +19,7 @@ from fastlstm import threads
 from fastlstm.kernels.call import address
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.region import Prepared
-from fastlstm.kernels.simd import I64, Builder, Vec, kernel, target
+from fastlstm.kernels.simd import I64, Builder, Vec, kernel, target, transpose
 from fastlstm.kernels.team import LINE, integer_at, lazy, next_task, on_stack, part, record, record_at
 from fastlstm.kernels.tile import GATES, blocking
 from fastlstm.memory import CACHE_LINE, aligned
@@ -28,6 +28,7 @@ __all__ = [
     "Cut",
     "Packing",
     "Panel",
+    "bias_panel",
     "columns_panel",
     "count_blocks",
     "cut_block",
@@ -85,10 +86,13 @@ class Panel:
     parts: Sequence[tuple[int, ...]]
 
 
+TRANSPOSED, NATURAL, SUMMED = range(3)
+
 # A number of blocks of one sort; of a natural panel, of bands of rows.  Offsets in bytes, all else in numbers.
 JOB = record(
     "which", "weight", "out",  # the weight and an offset in it, (rows, depth) or, natural, (depth, columns); panels
-    "natural", "narrow", "depth", "blocks",
+    "form",  # SUMMED: transposed, of depth 1, and the next weight is added
+    "narrow", "depth", "blocks",
     "units", "gate_rows", "block_rows",  # a row of the weight is gate * gate_rows + block * block_rows (+ unit)
     "rows", "gate_limit",  # how many count, and by how many fewer for each gate
     "columns",
@@ -97,23 +101,30 @@ HEADER = record("count", "ranks", "counters")  # of the jobs, which lie behind i
 PLAN = record("kernel", "out", "header")  # behind it the addresses of the weights
 
 
-def _transposed(K: int, cut: Cut, gate_rows: int, gate_step: int, limit: int, gate_limit: int) -> Panel:
+def _transposed(
+    K: int, cut: Cut, gate_rows: int, gate_step: int, limit: int, gate_limit: int, form: int = TRANSPOSED
+) -> Panel:
     """Describe panels [block][k][gate][unit]; `limit` rows count, less `gate_limit` for each gate before."""
     main = cut.blocks * cut.units
     parts = []
     if cut.blocks:
-        parts.append((0, 0, 0, 0, K, cut.blocks, cut.units, gate_rows, gate_step * cut.units, limit, gate_limit, 0))
+        parts.append((0, 0, form, 0, K, cut.blocks, cut.units, gate_rows, gate_step * cut.units, limit, gate_limit, 0))
     if cut.tail_units:
         units, first = cut.tail_units, main * gate_step
         step = units if gate_limit else gate_rows
         at, limit = first * K, limit - first
-        parts.append((at, GATES * main * K, 0, 1, K, 1, units, step, 0, limit, gate_limit and units, 0))
+        parts.append((at, GATES * main * K, form, 1, K, 1, units, step, 0, limit, gate_limit and units, 0))
     return Panel(GATES * cut.padded * K, parts)
 
 
 def gates_panel(H: int, K: int, cut: Cut) -> Panel:
-    """Describe the panels of a weight (4H, K), gates stacked in the order i, f, g, o; a bias has K = 1."""
+    """Describe the panels of a weight (4H, K), gates stacked in the order i, f, g, o."""
     return _transposed(K, cut, H, 1, H, 0)
+
+
+def bias_panel(H: int, cut: Cut) -> Panel:
+    """Describe the panels of the sum of two biases (4H,), this and the next."""
+    return _transposed(1, cut, H, 1, H, 0, SUMMED)
 
 
 def columns_panel(outputs: int, K: int, cut: Cut) -> Panel:
@@ -126,7 +137,7 @@ def natural_panel(K: int, columns: int, dtype: np.dtype) -> Panel:
     lanes = target().lanes(dtype)
     vectors = -(-columns // lanes)
     band = WIDE_BAND if columns * dtype.itemsize >= WIDE_ROW else BAND
-    return Panel(K * vectors * lanes, [(0, 0, 1, 0, K, -(-K // band), 0, 0, band, 0, 0, columns)])
+    return Panel(K * vectors * lanes, [(0, 0, NATURAL, 0, K, -(-K // band), 0, 0, band, 0, 0, columns)])
 
 
 class Packing:
@@ -163,26 +174,6 @@ class Packing:
         return Prepared([entry(panels_kernel, self.dtype), 0, 0, *[0] * most], counters, ranks), header
 
 
-def _transpose(b: Builder, rows: list[Vec]) -> list[Vec]:
-    """Return the columns of a square of registers: at each step squares of `half` by `half` change places."""
-    lanes, half = len(rows), 1
-    while half < lanes:
-        low = [lane - half + lanes if lane & half else lane for lane in range(lanes)]
-        high = [lane + lanes if lane & half else lane + half for lane in range(lanes)]
-        after = list(rows)
-        for i in range(lanes):
-            if not i & half:
-                after[i] = _pick(b, rows[i], rows[i + half], low)
-                after[i + half] = _pick(b, rows[i], rows[i + half], high)
-        rows, half = after, 2 * half
-    return rows
-
-
-def _pick(b: Builder, first: Vec, second: Vec, lanes: list[int]) -> Vec:
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
-    return Vec(b, b.ir.shuffle_vector(*first.values, *second.values, mask))
-
-
 def _emit_transposed(b: Builder, units: int, source, rows, depth, out, line) -> None:
     """Emit out[k][unit] = source[unit][k]: `rows` rows of `depth` numbers count, the others are zero."""
 
@@ -193,7 +184,7 @@ def _emit_transposed(b: Builder, units: int, source, rows, depth, out, line) -> 
             row = b.pointer(source) + b.ir.mul(depth, I64(unit)) + first
             count = b.ir.select(b.ir.icmp_signed("<", I64(unit), rows), left, I64(0))
             loaded.append(row.load(b.lanes) if whole else row.load_first(b.lanes, count))
-        for k, column in enumerate(_transpose(b, loaded)):
+        for k, column in enumerate(transpose(b, loaded)):
             to = b.pointer(out) + b.ir.mul(line, b.ir.add(first, I64(k)))
             count = b.ir.select(b.ir.icmp_signed("<", I64(k), left), I64(units), I64(0))
             if whole:
@@ -213,6 +204,11 @@ def _emit_transposed(b: Builder, units: int, source, rows, depth, out, line) -> 
         whole = b.ir.select(b.ir.icmp_signed(">=", rows, I64(b.lanes)), b.ir.sdiv(depth, I64(b.lanes)), whole)
         squares(I64(0), whole, whole=True)
     squares(whole, every, whole=False)
+
+
+def _emit_summed(b: Builder, units: int, first, second, rows, out) -> None:
+    """Emit out[unit] = first[unit] + second[unit] for `rows` of the units, and zeros behind them."""
+    b.pointer(out).store(b.pointer(first).load_first(units, rows) + b.pointer(second).load_first(units, rows))
 
 
 def _emit_natural(b: Builder, vectors: int, source, stride, valid, rows, out) -> None:
@@ -249,14 +245,16 @@ def panels_kernel(dtype: np.dtype):
     size, lanes, widest, job_size = dtype.itemsize, target().lanes(dtype), most_vectors(), JOB.itemsize
     units = [blocking(dtype).units] + [blocking(dtype).tail] * bool(blocking(dtype).tail)
     transposed = kernel(dtype, "transposed", 5, _emit_transposed, dict(enumerate(units)))
+    summed = kernel(dtype, "summed", 4, _emit_summed, dict(enumerate(units)))
     natural = kernel(dtype, "natural", 5, _emit_natural, dict(enumerate(range(1, widest + 1))))
     job_at, plan_at, header_at = (record_at(from_dtype(dtype_)) for dtype_ in (JOB, PLAN, HEADER))
     header_size, plan_size = HEADER.itemsize, PLAN.itemsize
     i = types.int64
 
-    @part(types.void, from_dtype(JOB), i, i, i)
-    def make_block(job, weight, panels, block):
-        if job.natural:
+    @part(types.void, from_dtype(JOB), i, i, i, i)
+    def make_block(job, weight, following, panels, block):
+        """Make a block of a weight's panels; `following`: the next weight."""
+        if job.form == NATURAL:
             k = block * job.block_rows
             rows = min(job.block_rows, job.depth - k)
             for each in range(count_blocks(job.columns, lanes, widest)):
@@ -269,9 +267,12 @@ def panels_kernel(dtype: np.dtype):
             return
         for gate in range(GATES):
             rows = job.rows - block * job.block_rows - gate * job.gate_limit
-            source = weight + (gate * job.gate_rows + block * job.block_rows) * job.depth * size
+            offset = (gate * job.gate_rows + block * job.block_rows) * job.depth * size
             out = panels + (block * job.depth * GATES + gate) * job.units * size
-            transposed(on_stack((job.narrow, source, max(rows, 0), job.depth, out, GATES * job.units)))
+            if job.form == SUMMED:
+                summed(on_stack((job.narrow, weight + offset, following + offset, rows, out)))
+            else:
+                transposed(on_stack((job.narrow, weight + offset, max(rows, 0), job.depth, out, GATES * job.units)))
 
     def run(plan, rank):
         p = carray(plan_at(plan), 1)[0]
@@ -289,6 +290,8 @@ def panels_kernel(dtype: np.dtype):
             if nth == h.count:
                 break
             job = carray(job_at(jobs + nth * job_size), 1)[0]
-            make_block(job, integer_at(plan + plan_size + job.which * 8) + job.weight, p.out + job.out, task - before)
+            weight = plan + plan_size + job.which * 8
+            following = integer_at(weight + 8) + job.weight if job.form == SUMMED else 0
+            make_block(job, integer_at(weight) + job.weight, following, p.out + job.out, task - before)
 
     return run, types.void(types.int64, types.int64)

@@ -41,12 +41,13 @@ __all__ = ["PLAN", "SPAN", "WEIGHT_FIELDS", "forward_kernel"]
 # What one call is about, written by `network.py`.  Addresses in bytes, all else in numbers.
 PLAN = record(
     "kernel",
-    # from here to `saved` the arrays of a call, in the order in which they are given
+    # from here to `b_hh` the arrays of a call, in the order in which they are given
     "x", "out",  # (T, N, I), (T, N, D*P), in steps and rows as below
     "h_n", "c_n",  # (L*D, N, P), (L*D, N, H)
     "h_0", "c_0",  # (L*D, N, P), (L*D, N, H); 0: zeros
-    "panels",  # of all weights
+    "panels",  # of all weights; 0: the call is of one step and row, and reads the weights below
     "saved",  # for the backward, rows in the order of the state: the gates (T, N, 4H) and c' (T, N, H); 0: none
+    "w_ih", "w_hh", "b_ih", "b_hh",  # of the one layer and direction
     "x_step", "x_row", "out_step", "out_row",  # strides
     "T", "N", "H", "P", "L", "D",
     "blocks", "tail",  # main blocks of hidden units; 1 if a narrow block follows
@@ -54,6 +55,7 @@ PLAN = record(
     "state_width",  # numbers in a row of the state buffer of h
     "projected", "p_blocks", "p_tail",  # 1 if there is W_hr, and its blocks
     "advance", "project",  # tables of the tiles
+    "unpacked",  # the tile that reads weights as they are
     "fetch",  # 1: a thread's weights do not stay in L2
     "weights",  # (L*D, WEIGHT_FIELDS): what does not change when the weights do
     "zeros",  # a row of zeros, where a product starts that has no bias
@@ -132,7 +134,8 @@ def forward_kernel(dtype: np.dtype):
                         shape_of[p.fetch, here, main, tail], count, q.together,
                         start + row * start_stride * size + at, start_stride, q.rows * p.width * p.hoisted,
                         a, q.a_rows + row * 8, sign * q.a_step, depth, a_panel + at * depth, a_panel + ahead * depth,
-                        h + row * p.state_width * size, p.state_width, p.P, h_panel + at * p.P, h_panel + ahead * p.P,
+                        h + row * p.state_width * size, p.state_width, p.P * (p.panels != 0),
+                        h_panel + at * p.P, h_panel + ahead * p.P,
                         c + (row * p.units + unit) * size, p.units,
                         to + (row * to_width + unit) * size, to_width,
                         out + unit * size, q.out_rows + row * 8, sign * q.out_step, valid - unit,
@@ -220,8 +223,14 @@ def forward_kernel(dtype: np.dtype):
 
     @part(types.void, plan_type, span_type, i, i, i)
     def hoist_share(p, q, d, first, last):
-        """Z = bias + x W_ih^T of a chunk, rows of all its steps one after the other."""
+        """Z = bias + x W_ih^T of a chunk, rows of all its steps one after the other; without panels all of z."""
         k = q.layer * p.D + d
+        if not p.panels:
+            call_tile(p.unpacked, (
+                0, first, last, p.H, p.b_ih, p.b_hh, q.a, depth_of(p, k), p.w_ih, h_at(p, k, 0, q.row0), p.P, p.w_hh,
+                q.z,
+            ))  # fmt: skip
+            return
         rows = 0
         for j in range(q.chunk):
             t = time(q, d | p.reverse, j)

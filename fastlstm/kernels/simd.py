@@ -19,7 +19,20 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-__all__ = ["I64", "Bits", "Builder", "Pointer", "Target", "Vec", "bundle", "concat", "fma", "kernel", "target"]
+__all__ = [
+    "I64",
+    "Bits",
+    "Builder",
+    "Pointer",
+    "Target",
+    "Vec",
+    "bundle",
+    "concat",
+    "fma",
+    "kernel",
+    "target",
+    "transpose",
+]
 
 I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 TABLE = I64.as_pointer()
@@ -333,6 +346,26 @@ def concat(parts: Sequence[Vec]) -> Vec:
 def bundle(vecs: Sequence[Vec]) -> Vec:
     """Return the registers of several vectors as one."""
     return Vec(vecs[0].builder, *(value for vec in vecs for value in vec.values))
+
+
+def transpose(b: Builder, rows: list[Vec]) -> list[Vec]:
+    """Return the columns of a square of registers: at each step squares of `half` by `half` change places."""
+    lanes, half = len(rows), 1
+    while half < lanes:
+        low = [lane - half + lanes if lane & half else lane for lane in range(lanes)]
+        high = [lane + lanes if lane & half else lane + half for lane in range(lanes)]
+        after = list(rows)
+        for i in range(lanes):
+            if not i & half:
+                after[i] = _pick(b, rows[i], rows[i + half], low)
+                after[i + half] = _pick(b, rows[i], rows[i + half], high)
+        rows, half = after, 2 * half
+    return rows
+
+
+def _pick(b: Builder, first: Vec, second: Vec, lanes: list[int]) -> Vec:
+    mask = ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
+    return Vec(b, b.ir.shuffle_vector(*first.values, *second.values, mask))
 
 
 def kernel(

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from fastlstm.kernels.activations import sigmoid, tanh
 from fastlstm.kernels.compile import entry
-from fastlstm.kernels.simd import I1, I64, Builder, Pointer, Vec, bundle, concat, fma, kernel, target
+from fastlstm.kernels.simd import I1, I64, Builder, Pointer, Vec, bundle, concat, fma, kernel, target, transpose
 from fastlstm.memory import CACHE_LINE
 
 __all__ = [
@@ -40,11 +40,13 @@ __all__ = [
     "blocking",
     "chain",
     "fills_line",
+    "fits_squares",
     "most_blocks",
     "project_kernel",
     "record_kernel",
     "shapes",
     "tile_table",
+    "unpacked_kernel",
 ]
 
 GATES = 4
@@ -142,36 +144,50 @@ def chain(
     return b.loop(count, step, sums)
 
 
-def _multiply(
-    b: Builder, sums: list[list[Vec]], depth: ir.Value, rows: Sequence[Pointer], panels: Sequence[Pointer],
-    widths: Sequence[int], ahead: Pointer | None, go_on: bool,
-) -> list[list[Vec]]:  # fmt: skip
-    """Return sums[row][vector] + sum over k of rows[row][k] * panel[k][vector], in segments of 8 to 128.
+SEGMENTS = (16, 8), (64, 16), (128, 32), (256, 64)
+"""Up to how many terms a sum has segments of how many; beyond them 128."""
 
-    Each segment begins at zero and is added when it is complete; with `go_on` the first goes on from `sums` instead.
+
+def _in_segments(
+    b: Builder, totals: list[Vec], depth: ir.Value, chain_of: Callable[[ir.Value, ir.Value, list[Vec]], list[Vec]],
+    go_on: bool,
+) -> list[Vec]:  # fmt: skip
+    """Return totals + sums of `depth` terms, in segments of 8 to 128; `chain_of(first, count, sums)` adds some terms.
+
+    Each segment begins at zero and is added when it is complete; with `go_on` the first goes on from `totals` instead.
     A rounding error is as large as the sum it happens in, so K terms in one chain err by sqrt(K) where these err by
     sqrt(K / segments): a half, no more than PyTorch's on any size, for 13 cycles a segment (1% to 4%).
     """
     length = I64(128)
-    for most, segment_length in ((256, 64), (128, 32), (64, 16), (16, 8)):
+    for most, segment_length in reversed(SEGMENTS):
         length = b.ir.select(b.ir.icmp_signed("<=", depth, I64(most)), I64(segment_length), length)
 
-    def chain_of(i: ir.Value, before: list[Vec]) -> list[Vec]:
+    def some(i: ir.Value, before: list[Vec]) -> list[Vec]:
         first = b.ir.mul(i, length)
         rest = b.ir.sub(depth, first)
-        count = b.ir.select(b.ir.icmp_signed("<", rest, length), rest, length)
-        return chain(b, before, first, count, rows, panels, widths, ahead)
+        return chain_of(first, b.ir.select(b.ir.icmp_signed("<", rest, length), rest, length), before)
 
     def segment(i: ir.Value, totals: list[Vec]) -> list[Vec]:
         i = b.ir.add(i, I64(1)) if go_on else i
-        parts = chain_of(i, [vec.zeros() for vec in totals])
+        parts = some(i, [vec.zeros() for vec in totals])
         return [total + part for total, part in zip(totals, parts, strict=True)]
 
-    totals = [vec for row in sums for vec in row]
     if go_on:
-        totals = chain_of(I64(0), totals)
+        totals = some(I64(0), totals)
     whole = b.ir.sub(depth, I64(1)) if go_on else b.ir.sub(b.ir.add(depth, length), I64(1))
-    totals = b.loop(b.ir.sdiv(whole, length), segment, totals)
+    return b.loop(b.ir.sdiv(whole, length), segment, totals)
+
+
+def _multiply(
+    b: Builder, sums: list[list[Vec]], depth: ir.Value, rows: Sequence[Pointer], panels: Sequence[Pointer],
+    widths: Sequence[int], ahead: Pointer | None, go_on: bool,
+) -> list[list[Vec]]:  # fmt: skip
+    """Return sums[row][vector] + sum over k of rows[row][k] * panel[k][vector], as `_in_segments`."""
+
+    def chain_of(first: ir.Value, count: ir.Value, before: list[Vec]) -> list[Vec]:
+        return chain(b, before, first, count, rows, panels, widths, ahead)
+
+    totals = _in_segments(b, [vec for row in sums for vec in row], depth, chain_of, go_on)
     width = sum(widths)
     return [totals[r * width : (r + 1) * width] for r in range(len(rows))]
 
@@ -234,6 +250,55 @@ def _emit_project(b: Builder, shape: Shape, tiles, start, a, a_rows, depth, pane
         return []
 
     b.loop(tiles, tile)
+
+
+def fits_squares(depths: Sequence[int], H: int, dtype: np.dtype) -> bool:
+    """Return whether weights (4H, depth) can be read where they are, in squares of registers that a segment holds."""
+    lanes = blocking(dtype).lanes
+    least = max((most + 1 for most, length in SEGMENTS if length % lanes), default=1)
+    return H % blocking(dtype).units == 0 and all(depth % lanes == 0 and depth >= least for depth in depths)
+
+
+def _emit_unpacked(
+    b: Builder, _: object, first, last, H, b_ih, b_hh, x, x_depth, w_ih, h, h_depth, w_hh, out
+) -> None:  # fmt: skip
+    """Emit out = b_ih + b_hh + x W_ih^T + h W_hh^T of a single row, in blocks `first` to `last`, weights as they are.
+
+    b_ih, b_hh : (4H,).  w_ih, w_hh : (4H, depth), of which registers are transposed: to be read but once, they are not
+    worth a panel.  x, h : (depth,).  out : (blocks, 4 * units).
+    """
+    units, lanes = blocking(b.dtype).units, b.lanes
+    vectors, gates = GATES * units // lanes, lanes // units  # registers of a block, gates in a register
+
+    def vector(n: ir.Value, _: list[Vec]) -> list[Vec]:
+        n = b.ir.add(b.ir.mul(first, I64(vectors)), n)
+        gate = b.ir.mul(b.ir.srem(n, I64(vectors)), I64(gates))
+        unit = b.ir.mul(b.ir.sdiv(n, I64(vectors)), I64(units))
+        starts = [b.ir.add(b.ir.mul(b.ir.add(gate, I64(more)), H), unit) for more in range(gates)]
+        biases = (concat([(b.pointer(bias) + start).load(units) for start in starts]) for bias in (b_ih, b_hh))
+        totals = [next(biases) + next(biases)]
+        for a, depth, weight, go_on in ((x, x_depth, w_ih, True), (h, h_depth, w_hh, False)):
+            numbers = b.pointer(a)
+            blocks = [b.pointer(weight) + b.ir.mul(start, depth) for start in starts]
+            rows = [block + b.ir.mul(depth, I64(row)) for block in blocks for row in range(units)]
+
+            def chain_of(
+                begin: ir.Value, count: ir.Value, before: list[Vec], numbers: Pointer = numbers, rows: Any = rows
+            ) -> list[Vec]:
+                def square(i: ir.Value, sums: list[Vec]) -> list[Vec]:
+                    k = b.ir.add(begin, b.ir.mul(i, I64(lanes)))
+                    (total,) = sums
+                    for j, column in enumerate(transpose(b, [(row + k).load(lanes) for row in rows])):
+                        total = fma((numbers + k + j).broadcast(lanes), column, total)
+                    return [total]
+
+                return b.loop(b.ir.sdiv(count, I64(lanes)), square, before)
+
+            totals = _in_segments(b, totals, depth, chain_of, go_on)
+        (b.pointer(out) + b.ir.mul(n, I64(lanes))).store(totals[0])
+        return []
+
+    b.loop(b.ir.mul(b.ir.sub(last, first), I64(vectors)), vector)
 
 
 @dataclass(frozen=True)
@@ -495,6 +560,16 @@ def advance_kernel(dtype: np.dtype, which: str):
         tile(table)
 
     return advance, types.void(types.int64)
+
+
+def unpacked_kernel(dtype: np.dtype):
+    """Describe the products of a single row with weights as they are: of an int64 table, as `_emit_unpacked`."""
+    tile = kernel(dtype, "unpacked", 12, _emit_unpacked, {0: None})
+
+    def unpacked(table):
+        tile(table)
+
+    return unpacked, types.void(types.int64)
 
 
 def record_kernel(dtype: np.dtype, which: str):

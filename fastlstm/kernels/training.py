@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,17 +20,18 @@ from fastlstm.kernels.gradient_tile import (
     cell_kernel,
     dots_kernel,
     multiply_kernel,
+    outer_kernel,
     pack_kernel,
     retrace_kernel,
     turn_kernel,
 )
-from fastlstm.kernels.network import KEPT_PANELS, Course, Network, Sizes, choose_strategy, deal_rows, lying
+from fastlstm.kernels.network import Course, Network, Sizes, choose_strategy, deal_rows, lying
 from fastlstm.kernels.panels import Packing, natural_panel
 from fastlstm.kernels.product import SERIAL_WORK, Product
 from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.simd import target
 from fastlstm.kernels.team import LINE
-from fastlstm.kernels.tile import GATES, KEPT
+from fastlstm.kernels.tile import GATES, KEPT, fits_squares
 from fastlstm.memory import Lent, Spare, aligned, empty, maker
 
 __all__ = ["EVERY_ROW", "Direction", "LinearGradients", "Rows", "Steps", "Way", "Weights"]
@@ -103,15 +104,15 @@ def _chunk_rows(gradients: int) -> int:
     return LARGE_CHUNK_ROWS if gradients > LARGE_GRADIENTS else CHUNK_ROWS
 
 
-class Natural(NamedTuple):
-    """Weights as the backward reads them."""
+class Packed(NamedTuple):
+    """Weights in panels."""
 
-    panels: Lent | None  # what they lie in; None: these are the weights themselves
-    matrices: Sequence[Array]  # W_ih, W_hh and, where there is a projection, W_hr
+    panels: Lent
+    natural: list[Array | None]  # those for the backward, which lie there too, of W_ih, W_hh and W_hr
 
 
 class Weights:
-    """The weights of one direction, packed for the forward, and for the backward unless that reads them only once.
+    """The weights of one direction, packed for the forward and the backward unless these read them as they are.
 
     Parameters
     ----------
@@ -119,28 +120,31 @@ class Weights:
         Theirs.
     params : mapping of str to ndarray
         Weights under PyTorch's names.
-    fixed : bool
-        Whether these arrays never change; else all is packed at once.
     """
 
-    __slots__ = ("_natural", "_params", "direction", "panels")
+    __slots__ = ("_packed", "_params", "as_they_are", "direction")
 
-    def __init__(self, direction: Direction, params: Mapping[str, Array], fixed: bool) -> None:
+    def __init__(self, direction: Direction, params: Mapping[str, Array]) -> None:
         self.direction, self._params = direction, params
-        self.panels = direction.network.pack(params)
-        self._natural = None if fixed else direction.pack(params)
+        self.as_they_are = [params.get(name, direction.zeros) for name in direction.names[:4]]
+        """W_ih, W_hh, b_ih and b_hh."""
+        self._packed = None if direction.fixed else self._pack()
 
-    def natural(self, once: bool) -> Natural:
-        """Return what the backward reads; once: a single time, for which packing does not pay.
+    def packed(self) -> Packed:
+        """Return the panels. Two threads may make them at once: each has what it has made.
 
-        step128 gains a sixth. Two threads may pack at once: each has what it has made.
+        Those for the backward are made with the others, before there are results: among these they cost b1024 a tenth.
         """
-        if self._natural is not None:
-            return self._natural
-        if once and self.direction.in_registers:
-            return Natural(None, [self._params[name] for name in self.direction.matrices])
-        self._natural = self.direction.pack(self._params)
-        return self._natural
+        packed = self._packed
+        if packed is None:
+            packed = self._packed = self._pack()
+        return packed
+
+    def _pack(self) -> Packed:
+        network = self.direction.network
+        panels = network.pack(self._params)
+        natural: list[Array | None] = [panels.array[start:] for start in network.natural]
+        return Packed(panels, natural if network.projected else [*natural, None])
 
 
 class Direction:
@@ -154,17 +158,18 @@ class Direction:
         What the names of this layer and direction end in.
     reverse : bool
         Whether it runs from the last step to the first.
+    fixed : bool
+        Whether arrays of weights never change; else they are packed as soon as they are seen.
     """
 
-    def __init__(self, params: Mapping[str, Array], suffix: str, reverse: bool) -> None:
-        self.reverse = reverse
+    def __init__(self, params: Mapping[str, Array], suffix: str, reverse: bool, fixed: bool) -> None:
+        self.reverse, self.fixed = reverse, fixed
         shapes = {name: params[name + suffix].shape for name in NAMES if name + suffix in params}
         self.dtype = params["weight_ih" + suffix].dtype
         self.projected = "weight_hr" in shapes
         self.makers = [(name + suffix, maker(shape, self.dtype)) for name, shape in shapes.items()]
         """The name of each weight, and what makes room for its gradient."""
-        self._names = [name + suffix for name in NAMES]
-        self._no_projection = () if self.projected else (None,)
+        self.names = [name + suffix for name in NAMES]
         J, self.I = shapes["weight_ih"]
         self.H, self.P = J // GATES, shapes["weight_hh"][1]
         self.zeros = np.zeros(max(J, self.I), self.dtype)
@@ -173,40 +178,22 @@ class Direction:
         self._chunk_rows = _chunk_rows(J * (self.I + self.P) * self.dtype.itemsize)
         self._ways: dict[tuple[Any, ...], Way] = {}  # of calls before, for calls like them
         self._spare = Spare(KEPT_ROOM)  # of tapes
-        self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, [suffix], reverse)
-        matrices = ("weight_ih", "weight_hh", "weight_hr")[: 2 + self.projected]
-        self.matrices = [name + suffix for name in matrices]
-        """Names of the weights that the backward multiplies with."""
-        panels = [natural_panel(K, columns, self.dtype) for K, columns in map(shapes.__getitem__, matrices)]
-        self._packing = Packing([*enumerate(panels)], self.dtype)
-        self._starts = [offset // self.dtype.itemsize for offset in self._packing.offsets]
-        self._panels = Spare(KEPT_PANELS)
-        lanes = target().lanes(self.dtype)
-        few = self.I <= FEW_COLUMNS or self.I % lanes == 0
-        self.in_registers = few and self.P % lanes == 0 and not self.projected
-        """Whether the backward can read its weights where they are: their rows fill registers."""
+        self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, [suffix], reverse, trained=True)
+        self._unpacked = fixed and not self.projected and fits_squares((self.I, self.P), self.H, self.dtype)
 
     def way(self, x: Array, out: Array, lengths: Array | None) -> Way:
         """Return how steps of the size of x (T, N, I) are run; x and out as in `Steps`."""
         count = threads.get_num_threads()
         T, N, _ = x.shape
         how = None if lengths is None else choose_strategy(self.network, N, T, count, lengths)
-        strides = lying(x, out)
-        key = T, N, strides, count, how
+        key = T, N, x.strides, out.strides, count, how
         way = self._ways.get(key)
         if way is None:
             how = how or choose_strategy(self.network, N, T, count, None)
             if len(self._ways) >= KEPT_WAYS:
                 self._ways.clear()
-            way = self._ways[key] = Way(Course(T, N, strides, how))
+            way = self._ways[key] = Way(Course(T, N, lying(x, out), how, T * N == 1 and self._unpacked))
         return way
-
-    def pack(self, params: Mapping[str, Array]) -> Natural:
-        """Return the panels of weights for the backward."""
-        panels = self._panels.lend(self._packing.size, self.dtype)
-        array = panels.array
-        self._packing.make([params[name] for name in self.matrices], array)
-        return Natural(panels, [array[start:] for start in self._starts])
 
     def chunk_steps(self, N: int) -> int:
         """Return how many steps of so many rows make a chunk."""
@@ -223,10 +210,12 @@ class Direction:
         """
         rows = steps.rows
         room = None if steps.saved is None else steps.saved.array
-        weights.natural(steps.way.course.once)  # packed here: among the backward's results they cost b1024 a tenth
+        panels, unpacked = None, weights.as_they_are if steps.way.course.unpacked else ()
+        if not unpacked:
+            panels = weights.packed().panels
         self.network.run(
-            steps.way.course, weights.panels, steps.x, steps.out, steps.state, final,
-            rows.order, rows.lengths, rows.reset, room,
+            steps.way.course, panels, steps.x, steps.out, steps.state, final,
+            rows.order, rows.lengths, rows.reset, room, unpacked,
         )  # fmt: skip
 
     def forward_again(self, weights: Weights, steps: Steps, x: Array) -> Lent:
@@ -234,7 +223,7 @@ class Direction:
         course = steps.way.course
         out, way = np.empty_like(steps.out), steps.way
         if out.strides != steps.out.strides:  # of one of two directions
-            way = Way(Course(course.T, course.N, lying(x, out), course.how))
+            way = Way(Course(course.T, course.N, lying(x, out), course.how, course.unpacked))
         saved = self.room(course.T, course.N)
         final = np.empty((course.N, self.P), self.dtype), np.empty((course.N, self.H), self.dtype)
         self.forward(weights, Steps(steps.first, steps.last, x, out, steps.state, steps.rows, way, saved), final)
@@ -254,12 +243,13 @@ class Direction:
         rows, way = steps.rows, steps.way
         ranks = min(way.course.how.ranks, threads.get_num_threads())
         space = way.idle.pop(ranks, None) or self._space(way.course, ranks, rows.lengths is None)
-        natural = weights.natural(way.course.once)
-        space.lay_out(d_out, d_x, rows.reset, add_x, add_w, natural.panels is None)
-        w_ih, w_hh, b_ih, b_hh, w_hr = self._names
+        unpacked = way.course.unpacked
+        matrices = (*weights.as_they_are[:2], None) if unpacked else weights.packed().natural
+        space.lay_out(d_out, d_x, rows.reset, add_x, add_w, unpacked)
+        w_ih, w_hh, b_ih, b_hh, w_hr = self.names
         d_bias = d_w.get(b_ih)
         space.run(
-            x, steps.out, saved.array, *natural.matrices, *self._no_projection, *steps.state,
+            x, steps.out, saved.array, *matrices, *steps.state,
             d_out, *d_state, *d_initial, d_x,
             d_w[w_ih], d_w[w_hh], d_bias, d_w.get(w_hr),
             rows.order, rows.lengths, rows.places, rows.active, rows.reset,
@@ -297,6 +287,7 @@ class Direction:
             "add": entry(add_kernel, self.dtype) if projected else 0,
             "dots": entry(dots_kernel, self.dtype) if dots else 0,
             "retrace": entry(retrace_kernel, self.dtype) if single else 0,
+            "outer": 0 if projected else entry(outer_kernel, self.dtype),
             "chunk": chunk, "slices": slices, "units_apart": int(units_apart), "groups": groups,
             "ramp_p": address(self.ramp_p), "ramp_h": address(self.ramp_h),
         }  # fmt: skip
@@ -354,13 +345,14 @@ class BackwardSpace(Prepared):
         as_they_are: bool = False,
     ) -> None:  # fmt: skip
         """Write to the plan how d_out, d_x and reset lie, whether to add to what is in d_x and the d_w, and `raw`."""
-        strides = *((0, 0) if d_out is None else d_out.strides[:2]), *d_x.strides[:2]
-        wanted = strides, None if reset is None else reset.strides, add_x, add_w, as_they_are
+        strides = None if d_out is None else d_out.strides, d_x.strides, None if reset is None else reset.strides
+        wanted = strides, add_x, add_w, as_they_are
         if wanted == self._laid_out:
             return
-        numbers = [stride // d_x.itemsize for stride in strides]
+        of_d_out, of_d_x, of_reset = (found or (0, 0) for found in strides)
+        numbers = [stride // d_x.itemsize for stride in (*of_d_out[:2], *of_d_x[:2])]
         first = PLAN_FIELDS.index(LAYOUT[4])
-        self.plan[first : first + 9] = *numbers, *(wanted[1] or (0, 0)), *wanted[2:]
+        self.plan[first : first + 9] = *numbers, *of_reset, *wanted[1:]
         self._laid_out = wanted
 
 
