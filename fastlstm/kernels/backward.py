@@ -51,7 +51,7 @@ PLAN = record(
     "d_h_n", "d_c_n",  # (N, P), (N, H); 0: zeros
     "d_h_0", "d_c_0",  # (N, P), (N, H), out
     "d_x",  # (T, N, I), out; 0: not wanted
-    "d_w_ih", "d_w_hh", "d_bias", "d_w_hr",  # (4H, I), (4H, P), (4H,), (P, H), out
+    "d_w_ih", "d_w_hh", "d_bias", "d_bias_hh", "d_w_hr",  # (4H, I), (4H, P), (4H,) twice the same, (P, H), out
     "order", "lengths", "places", "active",  # (N,), (N,), (N,): a row's place by falling length; (T,): rows of a step
     "reset",  # bytes (T, N); 0: none
     # from here to `raw` how they lie, in steps and rows, and whether to add to what is in d_x and the d_w
@@ -505,6 +505,8 @@ def backward_kernel(dtype: np.dtype):
     def run_share(p, q, share):
         """Do one share of a phase."""
         if q.kind == LOAD or q.kind == SAVE:
+            if q.kind == SAVE and share == 0 and p.d_bias_hh:
+                copy(p.d_bias_hh, p.d_bias, p.J * size)
             if q.kind == LOAD and share == 0 and p.dots:
                 line = p.I if p.raw else cut_columns(p.I, 0)[1] * lanes
                 call_tile(p.turn, (0, p.J, p.I, p.w_ih, line, p.w_ih_t, p.J, 0))

@@ -147,20 +147,22 @@ class Network:
         depths = [s.I if layer == 0 else s.D * s.P for layer in range(s.L) for _ in range(s.D)]
         for first, I in zip(range(0, len(self._names), 4 + self.projected), depths, strict=True):
             panels.append((first, bias_panel(s.H, self.cut)))
-            panels += [(first + 2 + k, gates_panel(s.H, K, self.cut)) for k, K in enumerate((I, s.P))]
+            for k, K in enumerate((I, s.P)):
+                copied = natural_panel(GATES * s.H, K, self.dtype).size if trained else 0
+                panels.append((first + 2 + k, gates_panel(s.H, K, self.cut, copied)))
             if self.projected:
                 panels.append((first + 4, columns_panel(s.P, s.H, self.p_cut)))
         self.weight_bytes = sum(panel.size for _, panel in panels) * self.dtype.itemsize
         forward, each = len(panels), len(panels) // len(depths)
-        if trained:
-            shapes = ((GATES * s.H, s.I), (GATES * s.H, s.P), (s.P, s.H))[: 2 + self.projected]
-            panels += [(2 + k, natural_panel(*shape, self.dtype)) for k, shape in enumerate(shapes)]
+        if trained and self.projected:
+            panels.append((4, natural_panel(s.P, s.H, self.dtype)))
         self._packing = Packing(panels, self.dtype)
-        self.natural = [offset // self.dtype.itemsize for offset in self._packing.offsets[forward:]]
+        self.natural = self._packing.copies + self._packing.offsets[forward:]
         """Where the panels for the backward are, of W_ih, W_hh and, where there is a projection, W_hr, in numbers."""
         self._weights = np.zeros((len(depths), len(WEIGHT_FIELDS)), np.int64)
         self._weights[:, 0] = depths
-        self._weights[:, 1 : 1 + each] = np.reshape(self._packing.offsets[:forward], (-1, each))
+        offsets = np.reshape(self._packing.offsets[:forward], (-1, each))
+        self._weights[:, 1 : 1 + each] = offsets * self.dtype.itemsize
 
     def pack(self, params: Mapping[str, Array]) -> Lent:
         """Return the panels of weights under PyTorch's names."""

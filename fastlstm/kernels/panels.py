@@ -7,7 +7,7 @@ same form, serve out = a W and are copies of pieces of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,7 @@ class Panel:
 
     size: int
     parts: Sequence[tuple[int, ...]]
+    copied: int = 0  # size of a natural panel that is made with it, where a weight is read once for both
 
 
 TRANSPOSED, NATURAL, SUMMED = range(3)
@@ -96,6 +97,7 @@ JOB = record(
     "units", "gate_rows", "block_rows",  # a row of the weight is gate * gate_rows + block * block_rows (+ unit)
     "rows", "gate_limit",  # how many count, and by how many fewer for each gate
     "columns",
+    "copied", "copy",  # 1: the same rows are copied to a natural panel, which begins there
 )  # fmt: skip
 HEADER = record("count", "ranks", "counters")  # of the jobs, which lie behind it
 PLAN = record("kernel", "out", "header")  # behind it the addresses of the weights
@@ -117,9 +119,9 @@ def _transposed(
     return Panel(GATES * cut.padded * K, parts)
 
 
-def gates_panel(H: int, K: int, cut: Cut) -> Panel:
+def gates_panel(H: int, K: int, cut: Cut, copied: int = 0) -> Panel:
     """Describe the panels of a weight (4H, K), gates stacked in the order i, f, g, o."""
-    return _transposed(K, cut, H, 1, H, 0)
+    return replace(_transposed(K, cut, H, 1, H, 0), copied=copied)
 
 
 def bias_panel(H: int, cut: Cut) -> Panel:
@@ -149,13 +151,18 @@ class Packing:
     def __init__(self, panels: Sequence[tuple[int, Panel]], dtype: np.dtype[Any]) -> None:
         self.dtype, self.size = dtype, 0
         self.offsets: list[int] = []
-        """Where each panel lies, in bytes."""
+        """Where each panel lies, in numbers."""
+        self.copies: list[int] = []
+        """Where the natural ones lie that are made with others."""
         jobs = []
         for which, panel in panels:
+            copy = self.size + -(-panel.size // CACHE_LINE) * CACHE_LINE
             for source, out, *rest in panel.parts:
-                jobs.append((which, source * dtype.itemsize, (self.size + out) * dtype.itemsize, *rest))
-            self.offsets.append(self.size * dtype.itemsize)
-            self.size += -(-panel.size // CACHE_LINE) * CACHE_LINE
+                places = [place * dtype.itemsize for place in (source, self.size + out, copy)]
+                jobs.append((which, *places[:2], *rest, int(panel.copied > 0), places[2]))
+            self.offsets.append(self.size)
+            self.copies += [copy] * (panel.copied > 0)
+            self.size = copy + -(-panel.copied // CACHE_LINE) * CACHE_LINE
         self._jobs = np.array(jobs, np.int64)
         self._idle: dict[int, tuple[Prepared, Array] | None] = {}  # by threads
 
@@ -251,28 +258,37 @@ def panels_kernel(dtype: np.dtype):
     header_size, plan_size = HEADER.itemsize, PLAN.itemsize
     i = types.int64
 
+    @part(types.void, *[i] * 6)
+    def copy_rows(weight, depth, columns, k, rows, panels):
+        """Copy rows of a weight (depth, columns), from row k on, to its natural panels."""
+        for each in range(count_blocks(columns, lanes, widest)):
+            first, vectors = cut_block(columns, each, lanes, widest)
+            at, line = first * lanes, vectors * lanes
+            natural(on_stack((
+                vectors - 1, weight + (k * columns + at) * size, columns, columns - at, rows,
+                panels + (at * depth + k * line) * size,
+            )))  # fmt: skip
+
     @part(types.void, from_dtype(JOB), i, i, i, i)
-    def make_block(job, weight, following, panels, block):
-        """Make a block of a weight's panels; `following`: the next weight."""
+    def make_block(job, start, following, base, block):
+        """Make a block of the panels, at `base`, of the weight at `start`; `following`: the next weight."""
+        weight, panels, copies = start + job.weight, base + job.out, base + job.copy
         if job.form == NATURAL:
             k = block * job.block_rows
-            rows = min(job.block_rows, job.depth - k)
-            for each in range(count_blocks(job.columns, lanes, widest)):
-                first, vectors = cut_block(job.columns, each, lanes, widest)
-                at, line = first * lanes, vectors * lanes
-                natural(on_stack((
-                    vectors - 1, weight + (k * job.columns + at) * size, job.columns, job.columns - at, rows,
-                    panels + (at * job.depth + k * line) * size,
-                )))  # fmt: skip
+            copy_rows(weight, job.depth, job.columns, k, min(job.block_rows, job.depth - k), panels)
             return
         for gate in range(GATES):
             rows = job.rows - block * job.block_rows - gate * job.gate_limit
-            offset = (gate * job.gate_rows + block * job.block_rows) * job.depth * size
+            k = gate * job.gate_rows + block * job.block_rows
+            offset = k * job.depth * size
             out = panels + (block * job.depth * GATES + gate) * job.units * size
             if job.form == SUMMED:
                 summed(on_stack((job.narrow, weight + offset, following + offset, rows, out)))
             else:
                 transposed(on_stack((job.narrow, weight + offset, max(rows, 0), job.depth, out, GATES * job.units)))
+            if job.copied:
+                k += job.weight // (job.depth * size)
+                copy_rows(start, GATES * job.gate_rows, job.depth, k, min(rows, job.units), copies)
 
     def run(plan, rank):
         p = carray(plan_at(plan), 1)[0]
@@ -292,6 +308,6 @@ def panels_kernel(dtype: np.dtype):
             job = carray(job_at(jobs + nth * job_size), 1)[0]
             weight = plan + plan_size + job.which * 8
             following = integer_at(weight + 8) + job.weight if job.form == SUMMED else 0
-            make_block(job, integer_at(weight) + job.weight, following, p.out + job.out, task - before)
+            make_block(job, integer_at(weight), following, p.out, task - before)
 
     return run, types.void(types.int64, types.int64)

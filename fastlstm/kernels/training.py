@@ -247,15 +247,12 @@ class Direction:
         matrices = (*weights.as_they_are[:2], None) if unpacked else weights.packed().natural
         space.lay_out(d_out, d_x, rows.reset, add_x, add_w, unpacked)
         w_ih, w_hh, b_ih, b_hh, w_hr = self.names
-        d_bias = d_w.get(b_ih)
         space.run(
             x, steps.out, saved.array, *matrices, *steps.state,
             d_out, *d_state, *d_initial, d_x,
-            d_w[w_ih], d_w[w_hh], d_bias, d_w.get(w_hr),
+            d_w[w_ih], d_w[w_hh], d_w.get(b_ih), d_w.get(b_hh), d_w.get(w_hr),
             rows.order, rows.lengths, rows.places, rows.active, rows.reset,
         )  # fmt: skip
-        if d_bias is not None:
-            d_w[b_hh][...] = d_bias
         if space.nbytes <= KEPT_SPACE:
             way.idle = {ranks: space}
 
