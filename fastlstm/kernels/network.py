@@ -210,6 +210,7 @@ class Network:
         plan["hoisted"], plan["chunk"] = how.hoisted, how.chunk
         if unpacked:
             plan["unpacked"] = entry(unpacked_kernel, self.dtype)
+            plan["b_ih"] = plan["b_hh"] = address(self._no_bias)  # unless they are given
         plan["fetch"] = self.weight_bytes // (self.sizes.L * self.sizes.D * how.shares) > L2_BYTES
         fetching = bool(plan["fetch"])
         if how.hoisted * (not unpacked) or self.projected:
@@ -263,7 +264,7 @@ class Network:
         """Run a batch of sequences of a course's size; rows are dealt to its groups already.
 
         saved : what the plan says, rows in that order, written for the backward.
-        weights : W_ih, W_hh, b_ih, b_hh, where the course reads them as they are, instead of panels.
+        weights : W_ih, W_hh and perhaps b_ih, b_hh, where the course reads them as they are, instead of panels.
         """
         recorded = saved is not None
         space = course.take(recorded) if reset is None else None

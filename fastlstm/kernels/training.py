@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,8 +127,8 @@ class Weights:
 
     def __init__(self, direction: Direction, params: Mapping[str, Array]) -> None:
         self.direction, self._params = direction, params
-        self.as_they_are = [params.get(name, direction.zeros) for name in direction.names[:4]]
-        """W_ih, W_hh, b_ih and b_hh."""
+        self.as_they_are: tuple[Array, ...] = direction.take(params)
+        """W_ih, W_hh and, where there are any, b_ih and b_hh."""
         self._packed = None if direction.fixed else self._pack()
 
     def packed(self) -> Packed:
@@ -170,6 +171,7 @@ class Direction:
         self.makers = [(name + suffix, maker(shape, self.dtype)) for name, shape in shapes.items()]
         """The name of each weight, and what makes room for its gradient."""
         self.names = [name + suffix for name in NAMES]
+        self.take = itemgetter(*[name for name in self.names[:4] if name in params])
         J, self.I = shapes["weight_ih"]
         self.H, self.P = J // GATES, shapes["weight_hh"][1]
         self.zeros = np.zeros(max(J, self.I), self.dtype)
