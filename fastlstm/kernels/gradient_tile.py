@@ -437,23 +437,30 @@ def _emit_outer(b: Builder, _: object, first, last, a, columns, row, out, add) -
     row : (columns,).  out : (.., columns).  add : 1 adds to what is there, 0 does not read it.
     """
     zeros = b.splat(ir.Constant(b.scalar, 0.0), b.lanes)
+    adding = b.ir.icmp_signed("!=", add, I64(0))
+    registers = b.ir.sdiv(columns, I64(b.lanes))
+    at_rest = b.ir.mul(registers, I64(b.lanes))
+    rest = b.ir.sub(columns, at_rest)
 
     def one_line(n: ir.Value, _: list[Vec]) -> list[Vec]:
         j = b.ir.add(first, n)
         to, number = b.pointer(out) + b.ir.mul(j, columns), (b.pointer(a) + j).broadcast(b.lanes)
 
-        def some(n: ir.Value, _: list[Vec]) -> list[Vec]:
+        def whole(n: ir.Value, _: list[Vec]) -> list[Vec]:
             at = b.ir.mul(n, I64(b.lanes))
-            valid = b.ir.sub(columns, at)
-            product = fma(number, (b.pointer(row) + at).load_first(b.lanes, valid), zeros)
-            with b.ir.if_else(b.ir.icmp_signed("!=", add, I64(0))) as (adding, writing):
-                with adding:
-                    (to + at).store_first(product + (to + at).load_first(b.lanes, valid), valid)
-                with writing:
-                    (to + at).store_first(product, valid)
+            product = fma(number, (b.pointer(row) + at).load(b.lanes), zeros)
+            with b.ir.if_else(adding) as (add_it, write_it):
+                with add_it:
+                    (to + at).store(product + (to + at).load(b.lanes))
+                with write_it:
+                    (to + at).store(product)
             return []
 
-        b.loop(b.ir.sdiv(b.ir.add(columns, I64(b.lanes - 1)), I64(b.lanes)), some)
+        b.loop(registers, whole)
+        product = fma(number, (b.pointer(row) + at_rest).load_first(b.lanes, rest), zeros)
+        with b.ir.if_then(b.ir.icmp_signed(">", rest, I64(0))):
+            there = b.ir.select(adding, rest, I64(0))
+            (to + at_rest).store_first(product + (to + at_rest).load_first(b.lanes, there), rest)
         return []
 
     b.loop(b.ir.sub(last, first), one_line)
