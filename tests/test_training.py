@@ -317,7 +317,18 @@ SIZES = [
         Case(N=1, I=2, H=5, D=2, reset=True), T=(1, 2, 3, 255, 256, 257, 511, 513, 600), dtype=BOTH
     ),  # ends of chunks
     *grid(Case(N=1, I=2, H=21, D=2), T=(1, 2, 255, 256, 257, 513, 600), dtype=BOTH),  # in one call of the tile each
-    *grid(Case(T=1, N=1), I=(1, 4, 16, 48), H=(16, 32, 64), dtype=BOTH),  # on weights that are not packed
+    *grid(Case(T=1, N=1), I=(1, 4, 16, 48, 160, 288), H=(16, 32, 64, 144, 272), dtype=BOTH),  # weights as they are
+    *grid(
+        Case(T=1, N=1, I=32, H=48),
+        bias=(False, True),
+        D=(1, 2),
+        L=(1, 2),
+        lengths=(False, True),
+        reset=(False, True),
+        state=(False, True),
+        layout=("TNI", "NTI"),
+        dtype=BOTH,
+    ),
     *grid(replace(MANY, N=7, D=2), T=(1, 35, 36, 37, 72, 73, 110), P=(0, 2), dtype=BOTH),
     *grid(Case(T=150, N=5, I=3, H=9), lengths=(False, True), P=(0, 4), dtype=BOTH),
     *grid(Case(T=3, N=7, I=5), H=(47, 48, 49, 63, 64, 65, 96, 97, 127, 128, 131), dtype=BOTH),
@@ -500,6 +511,7 @@ MIXED = [
     *grid(replace(SEVERAL_CHUNKS, bias=False, lengths=False), D=(1, 2), reset=(False, True), state=(False, True)),
     *grid(replace(SEVERAL_CHUNKS, T=7), H=(9, 40, 130), P=(0, 8), dtype=BOTH),
     *grid(replace(SEVERAL_CHUNKS, T=6, N=1), H=(1, 15, 16, 17, 97), P=(0,), dtype=BOTH),
+    *grid(replace(SEVERAL_CHUNKS, T=1, N=1, I=32, P=0), H=(48, 64), lengths=(False, True), dtype=BOTH),
 ]
 
 
@@ -736,6 +748,39 @@ def test_the_tape_answers_for_the_call_it_recorded(case: Case, how: str, every: 
     found = tape.backward(training.given(training.d_output), training.d_state).params
     for name, array in found.items():
         np.testing.assert_array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize(
+    "case", [*grid(Case(T=7, N=2, I=5, H=6), layout=("TNI", "NTI")), Case(T=1, N=1, I=32, H=48, layout="TI")], **by_name
+)
+def test_the_tape_of_a_single_direction_answers_for_the_call_it_recorded(case: Case) -> None:
+    """Also where weights are read as they are."""
+    training = draw_training(case)
+    problem = training.problem
+    expected = training.gradients()
+    problem.x = np.ascontiguousarray(training.given(problem.x))
+    tape = problem.layer.record(problem.x, training.given_state(problem.state))
+    weights = changed_weights(problem.layer)
+    problem.layer.load_state_dict(weights)
+    for array in (problem.x, *problem.state):
+        array[...] = np.nan
+    assert_same_gradients(training.backward(tape), expected)
+    other = problem.layer.record(np.ones_like(problem.x))
+    other.backward(np.ones_like(other.output))
+    assert_same_gradients(training.backward(tape), expected)
+    np.testing.assert_equal(problem.layer.state_dict(), weights)
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+def test_a_single_step_of_a_single_row_packs_nothing(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pack(*_: object) -> None:
+        raise AssertionError("packed")
+
+    lstm = LSTM(64, 32, dtype=dtype, rng=0)
+    monkeypatch.setattr(Network, "pack", pack)
+    all_gradients(lstm.record(np.ones((1, 1, 64), dtype)), np.ones((1, 1, 32), dtype))
+    with pytest.raises(AssertionError, match="packed"):
+        lstm.record(np.ones((2, 1, 64), dtype))
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -1895,5 +1940,11 @@ for dtype, wide in ((np.float32, np.float64), (np.float64, np.longdouble)):
         again = lstm.record(x, **options, checkpoint_every=1).backward(d_output)
         assert (again.x == found.x).all()
         assert all((again.params[name] == found.params[name]).all() for name in exact.params)
+    for size in (32, 96):  # weights that are read as they are give the bits of those that are packed
+        lstm = fastlstm.LSTM(64, size, dtype=dtype, rng=0)
+        x, d_output = (np.random.default_rng(0).normal(size=(1, 2, n)).astype(dtype) for n in (64, size))
+        both, one = lstm.record(x), lstm.record(x[:, :1])
+        assert (both.output[:, :1] == one.output).all()
+        assert (both.backward(d_output).x[:, :1] == one.backward(d_output[:, :1]).x).all()
 """
     run_python(code, NUMBA_CPU_NAME=cpu)
