@@ -44,6 +44,7 @@ from fastlstm.bench.cases import CASES
 from fastlstm.kernels import network, sequence
 from fastlstm.kernels.network import Network
 from fastlstm.kernels.tile import GATES, blocking, fills_line
+from fastlstm.kernels.training import BackwardSpace
 from fastlstm.memory import CACHE_LINE
 from fastlstm.tape import Tape
 
@@ -1751,6 +1752,24 @@ def test_a_tape_in_a_cycle_never_reads_the_memory_of_another() -> None:
     gc.collect()
     assert len(found) == 1
     assert all(gradient is None or (gradient == expected).all() for gradient in found)
+
+
+def test_panels_are_held_while_a_backward_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads may pack the same weights at once, and those of the second take the place of the first's."""
+    lstm, x = LSTM(8, 16, rng=0), np.ones((3, 1, 8), np.float32)
+    tape = lstm.record(x)
+    ((weights,),) = lstm._training_weights()
+    lay_out, given_back = BackwardSpace.lay_out, []
+
+    def replaced(*arguments: Any) -> None:
+        weights._packed = None
+        given_back.extend(weights.direction.network._spare._kept)
+        lay_out(*arguments)
+
+    monkeypatch.setattr(BackwardSpace, "lay_out", replaced)
+    tape.backward(tape.output)
+    assert not given_back
+    assert weights._packed is None
 
 
 def test_weights_that_were_replaced_are_given_back_at_once() -> None:

@@ -213,7 +213,7 @@ class Network:
             plan["b_ih"] = plan["b_hh"] = address(self._no_bias)  # unless they are given
         plan["fetch"] = self.weight_bytes // (self.sizes.L * self.sizes.D * how.shares) > L2_BYTES
         fetching = bool(plan["fetch"])
-        if how.hoisted * (not unpacked) or self.projected:
+        if self.projected or (how.hoisted and not unpacked):
             tail = self.cut.tail_units + self.p_cut.tail_units * self.projected > 0
             plan["project"] = address(tile_table(project_kernel, self.dtype, EVERY, tail, fetching))
         groups = how.groups if how.shares == 1 else 1

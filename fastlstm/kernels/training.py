@@ -245,9 +245,9 @@ class Direction:
         rows, way = steps.rows, steps.way
         ranks = min(way.course.how.ranks, threads.get_num_threads())
         space = way.idle.pop(ranks, None) or self._space(way.course, ranks, rows.lengths is None)
-        unpacked = way.course.unpacked
-        matrices = (*weights.as_they_are[:2], None) if unpacked else weights.packed().natural
-        space.lay_out(d_out, d_x, rows.reset, add_x, add_w, unpacked)
+        packed = None if way.course.unpacked else weights.packed()  # held while its panels are read
+        matrices = (*weights.as_they_are[:2], None) if packed is None else packed.natural
+        space.lay_out(d_out, d_x, rows.reset, add_x, add_w, packed is None)
         w_ih, w_hh, b_ih, b_hh, w_hr = self.names
         space.run(
             x, steps.out, saved.array, *matrices, *steps.state,
