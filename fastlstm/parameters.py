@@ -110,7 +110,8 @@ class Layer(ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._configure(**{name: value for name, value in state.items() if name != "params"})
-        self._set_params(state["params"])
+        params = state["params"].items()  # not where they lie in a buffer of somebody else, who may write to it
+        self._set_params({name: array if array.flags.owndata else array.copy() for name, array in params})
 
     def _set_params(self, params: Mapping[str, Array]) -> None:
         owned = dict(params)

@@ -728,6 +728,17 @@ def test_a_copy_gives_the_same_bits_and_is_independent(make: Callable[[Any], Any
     assert (other.call()[0] != expected[0]).any()
 
 
+def test_a_pickled_layer_keeps_no_buffer_of_somebody_else() -> None:
+    layer, x, buffers = LSTM(64, 64, rng=0), np.ones((1, 1, 64), np.float32), []
+    data = pickle.dumps(layer, 5, buffer_callback=buffers.append)
+    lent = [bytearray(buffer.raw()) for buffer in buffers]
+    other = pickle.loads(data, buffers=lent)
+    for buffer in lent:
+        buffer[:] = bytes(len(buffer))
+    assert_same_bits(other(x), layer(x))
+    assert (other.record(x).output == layer(x)[0]).all()
+
+
 @pytest.mark.parametrize("make", [value for name, value in COPIES.items() if name != "copy"], ids=str)
 def test_a_copy_of_a_stream_goes_on_from_its_state(make: Callable[[Any], Any]) -> None:
     problem = draw(STREAMED)

@@ -625,6 +625,17 @@ def test_lengths_and_resets_at_the_ends_of_segments(case: Case, where: str) -> N
         assert_same_gradients(training.gradients(checkpoint_every=every), expected)
 
 
+@pytest.mark.parametrize("case", grid(Case(T=130, N=2, I=5, H=20), D=(1, 2), P=(0, 6), dtype=BOTH), **by_name)
+def test_a_chunk_of_which_one_row_is_left(case: Case) -> None:
+    """A chunk has 128 steps here; of the next one the longer row alone reaches the first step, or the first two."""
+    training = draw_training(case)
+    for lengths in ([129, 60], [60, 129], [130, 128]):
+        training.problem.lengths = np.array(lengths)
+        expected = training.gradients()
+        assert_gradients(expected, training.exact(), limit_of(case))
+        assert_same_gradients(training.gradients(checkpoint_every=1), expected)
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -487,7 +487,7 @@ def backward_kernel(dtype: np.dtype):
         add = int(p.add_w != 0 or q.done > 0 or q.first > 0)
         blocks = (p.J + LEFT - 1) // LEFT
         first, last = blocks * share // q.shares * LEFT, min(p.J, blocks * (share + 1) // q.shares * LEFT)
-        if p.outer and q.rows == 1:
+        if p.outer and q.rows == 1:  # it is not packed
             call_tile(p.outer, (0, first, last, p.d_z, p.I, integer_at(p.x_from), p.d_w_ih, add))
             call_tile(p.outer, (0, first, last, p.d_z, p.P, integer_at(p.h_from), p.d_w_hh, add))
             if p.d_bias:

@@ -457,8 +457,8 @@ def _emit_outer(b: Builder, _: object, first, last, a, columns, row, out, add) -
             return []
 
         b.loop(registers, whole)
-        product = fma(number, (b.pointer(row) + at_rest).load_first(b.lanes, rest), zeros)
         with b.ir.if_then(b.ir.icmp_signed(">", rest, I64(0))):
+            product = fma(number, (b.pointer(row) + at_rest).load_first(b.lanes, rest), zeros)
             there = b.ir.select(adding, rest, I64(0))
             (to + at_rest).store_first(product + (to + at_rest).load_first(b.lanes, there), rest)
         return []

@@ -225,7 +225,7 @@ def forward_kernel(dtype: np.dtype):
     def hoist_share(p, q, d, first, last):
         """Z = bias + x W_ih^T of a chunk, rows of all its steps one after the other; without panels all of z."""
         k = q.layer * p.D + d
-        if not p.panels:
+        if not p.panels:  # the first step, before which both buffers of h are alike
             call_tile(p.unpacked, (
                 0, first, last, p.H, p.b_ih, p.b_hh, q.a, depth_of(p, k), p.w_ih, h_at(p, k, 0, q.row0), p.P, p.w_hh,
                 q.z,

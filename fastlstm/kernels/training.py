@@ -170,8 +170,8 @@ class Direction:
         self.projected = "weight_hr" in shapes
         self.makers = [(name + suffix, maker(shape, self.dtype)) for name, shape in shapes.items()]
         """The name of each weight, and what makes room for its gradient."""
-        self.names = [name + suffix for name in NAMES]
-        self.take = itemgetter(*[name for name in self.names[:4] if name in params])
+        self._names = [name + suffix for name in NAMES]
+        self.take = itemgetter(*[name for name in self._names[:4] if name in params])
         J, self.I = shapes["weight_ih"]
         self.H, self.P = J // GATES, shapes["weight_hh"][1]
         self.zeros = np.zeros(max(J, self.I), self.dtype)
@@ -248,7 +248,7 @@ class Direction:
         packed = None if way.course.unpacked else weights.packed()  # held while its panels are read
         matrices = (*weights.as_they_are[:2], None) if packed is None else packed.natural
         space.lay_out(d_out, d_x, rows.reset, add_x, add_w, packed is None)
-        w_ih, w_hh, b_ih, b_hh, w_hr = self.names
+        w_ih, w_hh, b_ih, b_hh, w_hr = self._names
         space.run(
             x, steps.out, saved.array, *matrices, *steps.state,
             d_out, *d_state, *d_initial, d_x,
