@@ -22,7 +22,7 @@ from typing import Any
 import llvmlite
 import numba
 import numpy as np
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
@@ -99,10 +99,23 @@ def _file(name: str) -> Path | None:
     return folder / f"{name}-{target}.kernel"
 
 
+def _seal(content: bytes) -> bytes:
+    """Return a content behind its digest."""
+    return hashlib.sha256(content).digest() + content
+
+
+def _unseal(sealed: bytes) -> bytes:
+    """Return the content; raise ValueError if it is damaged: LLVM ends the process where it reads a wrong number."""
+    content = sealed[hashlib.sha256().digest_size :]
+    if _seal(content) != sealed:
+        raise ValueError("damaged")
+    return content
+
+
 def _load(path: Path) -> tuple[str, Any] | None:
     """Return a kernel's symbol and library from the cache."""
     try:
-        symbol, state = pickle.loads(path.read_bytes())
+        symbol, state = pickle.loads(_unseal(path.read_bytes()))
         context = cpu_target.target_context
         rtsys.initialize(context)  # the symbols of numba's run-time, which a library refers to
         return symbol, context.codegen().unserialize_library(state)
@@ -118,7 +131,7 @@ def _save(path: Path, symbol: str, library: Any) -> None:
         return
     try:
         with os.fdopen(handle, "wb") as file:
-            pickle.dump((symbol, library.serialize_using_object_code()), file)
+            file.write(_seal(pickle.dumps((symbol, library.serialize_using_object_code()))))
         os.replace(temporary, path)
     except OSError:
         with suppress(OSError):
@@ -187,6 +200,17 @@ class _Locator:
         return self.folder.name
 
 
+class _RegionFile(IndexDataCacheFile):
+    """Numba's files, those of machine code sealed."""
+
+    def _save_data(self, name: str, data: Any) -> None:
+        with self._open_for_write(self._data_path(name)) as file:
+            file.write(_seal(self._dump(data)))
+
+    def _load_data(self, name: str) -> Any:
+        return pickle.loads(_unseal(Path(self._data_path(name)).read_bytes()))
+
+
 class _RegionCache(FunctionCache):
     """Numba's function cache in our folder; whatever goes wrong with a file means compiling again."""
 
@@ -201,6 +225,7 @@ class _RegionCache(FunctionCache):
 
         self._impl_class = Implementation
         super().__init__(function)
+        self._cache_file = _RegionFile(str(folder), self._impl.filename_base, locator.get_source_stamp())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
