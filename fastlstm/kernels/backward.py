@@ -426,7 +426,10 @@ def backward_kernel(dtype: np.dtype):
 
     @part(types.void, plan_type, state_type, *[i] * 7)
     def outer_few(p, q, left, begin, count, panel, columns, out, add):
-        """out[j] (+)= as `outer`, for the columns that `few_of` leaves and `count` numbers j from `begin` on."""
+        """out[j] (+)= as `outer`, for the columns that `few_of` leaves and `count` numbers j from `begin` on.
+
+        left : at the first of these numbers.
+        """
         few = few_of(columns)
         whole = columns - few
         alone = columns == 1  # d_W is one line then, and is written where it belongs
@@ -434,13 +437,13 @@ def backward_kernel(dtype: np.dtype):
         for k in range(0, max(q.rows, 1), DOWN_DEPTH):
             more = int(add or k > 0)
             for at in range(0, count, widest * lanes):
-                vectors = min(widest, (LEFT - at) // lanes)
+                vectors = min(widest, (LEFT - begin % LEFT - at) // lanes)
                 row = 0
                 while row < few:
                     here = min(few - row, most[1, vectors])
                     call_tile(p.multiply, (
                         piece_of[1, vectors, here], 1, panel + (whole * p.most + k * lanes + row) * size, 0, lanes,
-                        min(DOWN_DEPTH, q.rows - k), 1, left + (begin * p.most + k * LEFT + at) * size, LEFT,
+                        min(DOWN_DEPTH, q.rows - k), 1, left + (k * LEFT + at) * size, LEFT,
                         to + at * size, p.ramp_left + row * 8, count - at, int(alone) * more, left, 0,
                     ))  # fmt: skip
                     row += here
@@ -457,9 +460,12 @@ def backward_kernel(dtype: np.dtype):
         whole = columns - few_of(columns)
         blocks = count_blocks(whole)
         ahead_step = LEFT // (max(blocks, 1) * (LEFT // most[1, widest])) + 1
-        for begin in range(first, last, LEFT):
-            end = min(last, begin + LEFT)
+        begin = first
+        while begin < last:
+            within = begin % LEFT
+            end = min(last, begin - within + LEFT)
             ahead = left + (end if end < last else first) * p.most * size
+            here = left + ((begin - within) * p.most + within) * size
             for block in range(blocks):
                 line = cut_columns(whole, block)[1] * lanes
                 for k in range(0, max(q.rows, 1), DOWN_DEPTH):
@@ -469,24 +475,31 @@ def backward_kernel(dtype: np.dtype):
                         ahead, ahead_step,
                     )  # fmt: skip
             if whole < columns:
-                outer_few(p, q, left, begin, end - begin, panel, columns, out, add)
+                outer_few(p, q, here, begin, end - begin, panel, columns, out, add)
             at = 0
             while d_bias and at < end - begin:
-                vectors = min(widest, (LEFT - at) // lanes)
+                vectors = min(widest, (LEFT - within - at) // lanes)
                 for k in range(0, max(q.rows, 1), DOWN_DEPTH):
                     call_tile(p.multiply, (
                         piece_of[0, vectors, 1], 1, p.ones, p.ramp_z, 0, min(DOWN_DEPTH, q.rows - k), 1,
-                        left + (begin * p.most + k * LEFT + at) * size, LEFT, d_bias + (begin + at) * size, p.ramp_z,
+                        here + (k * LEFT + at) * size, LEFT, d_bias + (begin + at) * size, p.ramp_z,
                         end - begin - at, int(add or k > 0), 0, 0,
                     ))  # fmt: skip
                 at += vectors * lanes
+            begin = end
+
+    @part(types.UniTuple(i, 2), state_type, i, i)
+    def share_of(q, numbers, share):
+        """Return the first of some rows of a weight that a thread takes and the one behind them: whole registers."""
+        registers = (numbers + lanes - 1) // lanes
+        first, last = registers * share // q.shares, registers * (share + 1) // q.shares
+        return first * lanes, min(numbers, last * lanes)
 
     @part(types.void, plan_type, state_type, i)
     def weight_gradients(p, q, share):
         """d_W += d_z^T [x h] and the bias, for a range of rows of the weights."""
         add = int(p.add_w != 0 or q.done > 0 or q.first > 0)
-        blocks = (p.J + LEFT - 1) // LEFT
-        first, last = blocks * share // q.shares * LEFT, min(p.J, blocks * (share + 1) // q.shares * LEFT)
+        first, last = share_of(q, p.J, share)
         if p.outer and q.rows == 1:  # it is not packed
             call_tile(p.outer, (0, first, last, p.d_z, p.I, integer_at(p.x_from), p.d_w_ih, add))
             call_tile(p.outer, (0, first, last, p.d_z, p.P, integer_at(p.h_from), p.d_w_hh, add))
@@ -497,8 +510,7 @@ def backward_kernel(dtype: np.dtype):
         outer(p, q, p.left_z, first, last, p.panel_x, p.I, p.d_w_ih, p.ramp_i, p.d_bias, add)
         outer(p, q, p.left_z, first, last, p.panel_h, p.P, p.d_w_hh, p.ramp_p, 0, add)
         if p.projected:
-            blocks = (p.P + LEFT - 1) // LEFT
-            first, last = blocks * share // q.shares * LEFT, min(p.P, blocks * (share + 1) // q.shares * LEFT)
+            first, last = share_of(q, p.P, share)
             outer(p, q, p.left_h, first, last, p.panel_m, p.H, p.d_w_hr, p.ramp_h, 0, add)
 
     @part(types.void, plan_type, state_type, i)
