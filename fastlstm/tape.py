@@ -104,6 +104,12 @@ class Tape:
         return self._backward(d_output, d_state)
 
 
+def _time_major(lstm: LSTM, array: Array, batched: bool) -> Array:
+    """Return a view (T, N, ...) of an array that is laid out as the user's."""
+    view: Array = array if batched else array[:, None]
+    return view.swapaxes(0, 1) if batched and lstm.batch_first else view
+
+
 class _Recording:
     """A recorded call of an LSTM.
 
@@ -152,9 +158,7 @@ class _Recording:
         self.output = output
 
     def _time_major(self, array: Array) -> Array:
-        """Return a view (T, N, ...) of an array that is laid out as the user's."""
-        view: Array = array if self.batched else array[:, None]
-        return view.swapaxes(0, 1) if self.batched and self.lstm.batch_first else view
+        return _time_major(self.lstm, array, self.batched)
 
     def _drop(self, y: Array, k: int) -> Array:
         """Return the outputs of layer k, or their gradient, as dropout leaves them."""
@@ -279,7 +283,7 @@ def _record_alike(lstm: LSTM, weights: Weights, call: Call, owned: bool) -> Tape
     A training step of a small model is mostly Python; this makes a sixth less of it.
     """
     given, T, N, (h_0, c_0), _, _, _, batched = call
-    direction, dtype, P, rows_first = weights.direction, lstm.dtype, lstm._output_size, lstm.batch_first
+    direction, dtype, P = weights.direction, lstm.dtype, lstm._output_size
     if not owned:
         given = given.copy()
     if h_0 is not None and c_0 is not None:
@@ -287,27 +291,21 @@ def _record_alike(lstm: LSTM, weights: Weights, call: Call, owned: bool) -> Tape
     shape = given.shape
     output = empty((*shape[:-1], P), dtype)
     h_n, c_n = np.empty((1, N, P), dtype), np.empty((1, N, lstm.hidden_size), dtype)
-    x, y = given, output
-    if not batched:
-        x, y = x[:, None], y[:, None]
-    elif rows_first:
-        x, y = x.swapaxes(0, 1), y.swapaxes(0, 1)
+    x, y = _time_major(lstm, given, batched), _time_major(lstm, output, batched)
     saved = direction.room(T, N)
     steps = Steps(0, T, x, y, (h_0, c_0), EVERY_ROW, direction.way(x, y, None), saved)
     direction.forward(weights, steps, (h_n, c_n))
 
     def backward(d_output: object, d_state: object) -> Gradients:
         d_out = _check_d_output(lstm, d_output, output.shape)
+        if d_out is not None:
+            d_out = _time_major(lstm, d_out, batched)
         d_final = lstm._check_state(d_state, N, batched, "d_state", ("d_h_n", "d_c_n"))
-        d_h_0, d_c_0, gradient = np.empty(h_n.shape, dtype), np.empty(c_n.shape, dtype), empty(shape, dtype)
+        d_h_0, d_c_0, d_x = np.empty(h_n.shape, dtype), np.empty(c_n.shape, dtype), empty(shape, dtype)
         d_w = {name: make() for name, make in direction.makers}
-        d_x = gradient
-        if not batched:
-            d_x, d_out = d_x[:, None], None if d_out is None else d_out[:, None]
-        elif rows_first:
-            d_x, d_out = d_x.swapaxes(0, 1), None if d_out is None else d_out.swapaxes(0, 1)
-        direction.backward(weights, steps, x, saved, d_out, d_final, (d_h_0, d_c_0), d_x, False, d_w, False)
-        return Gradients(gradient, (d_h_0, d_c_0) if batched else (d_h_0[:, 0], d_c_0[:, 0]), d_w)
+        to = _time_major(lstm, d_x, batched)
+        direction.backward(weights, steps, x, saved, d_out, d_final, (d_h_0, d_c_0), to, False, d_w, False)
+        return Gradients(d_x, (d_h_0, d_c_0) if batched else (d_h_0[:, 0], d_c_0[:, 0]), d_w)
 
     return Tape(output, (h_n, c_n) if batched else (h_n[:, 0], c_n[:, 0]), backward)
 

@@ -144,7 +144,7 @@ def chain(
     return b.loop(count, step, sums)
 
 
-SEGMENTS = (16, 8), (64, 16), (128, 32), (256, 64)
+SEGMENTS = (256, 64), (128, 32), (64, 16), (16, 8)
 """Up to how many terms a sum has segments of how many; beyond them 128."""
 
 
@@ -159,7 +159,7 @@ def _in_segments(
     sqrt(K / segments): a half, no more than PyTorch's on any size, for 13 cycles a segment (1% to 4%).
     """
     length = I64(128)
-    for most, segment_length in reversed(SEGMENTS):
+    for most, segment_length in SEGMENTS:
         length = b.ir.select(b.ir.icmp_signed("<=", depth, I64(most)), I64(segment_length), length)
 
     def some(i: ir.Value, before: list[Vec]) -> list[Vec]:
