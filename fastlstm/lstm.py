@@ -394,7 +394,7 @@ class LSTM(Layer, SequenceModel):
         kernels, directions = load("fastlstm.kernels.training"), self._made.get("directions")
         if directions is None:
             directions = self._made["directions"] = [
-                [kernels.Direction(params, suffix, d > 0, self._fixed) for d, suffix in enumerate(layer)]
+                [kernels.Direction(params, suffix, d > 0, self._fixed, len(layer)) for d, suffix in enumerate(layer)]
                 for layer in self._suffixes()
             ]
         return [[kernels.Weights(one, params) for one in layer] for layer in directions]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastlstm.checks import as_array
+from fastlstm.kernels.region import Run, run_together
 from fastlstm.kernels.training import EVERY_ROW, Direction, Rows, Steps, Weights
 from fastlstm.memory import empty
 
@@ -142,13 +143,15 @@ class _Recording:
             last = k == L - 1
             output = empty((*self.x_shape[:-1], D * P) if last else (self.T, self.N, D * P), dtype)
             y = self._time_major(output) if last else output
-            segments = []
+            passes = []
+            self.layers.append([[] for _ in layer])
             for d, weights in enumerate(layer):
                 index = k * D + d
                 initial = h_0 if h_0 is None else h_0[index], c_0 if c_0 is None else c_0[index]
+                final = self.h_n[index], self.c_n[index]
                 to = y if D == 1 else y[:, :, d * P : (d + 1) * P]
-                segments.append(self._forward(weights, x, to, initial, (self.h_n[index], self.c_n[index])))
-            self.layers.append(segments)
+                passes.append(self._forward(weights, x, to, initial, final, self.layers[k][d]))
+            _run_side_by_side(passes)
             if not last:
                 x = y
                 self.between.append(y)
@@ -170,19 +173,20 @@ class _Recording:
         T = self.T
         if self.every is None:
             return [(0, T)]
-        chunk = direction.chunk_steps(self.N)
+        chunk = direction.chunk_steps(self.N, self.lengths is None)
         length = -(-self.every // chunk) * chunk  # whole chunks, so that the sums are the same as without checkpoints
         cuts = [(first, min(first + length, T)) for first in range(0, T, length)]
         return [(T - last, T - first) for first, last in cuts] if direction.reverse else cuts
 
-    def _forward(self, weights: Weights, x: Array, y: Array, initial: Pair, final: tuple[Array, Array]) -> list[Steps]:
-        """Run one direction of one layer."""
-        segments: list[Steps] = []
+    def _forward(
+        self, weights: Weights, x: Array, y: Array, initial: Pair, final: tuple[Array, Array], segments: list[Steps]
+    ) -> Iterator[list[Run]]:
+        """Run one direction of one layer, segment by segment; they are added to `segments`."""
         direction = weights.direction
         if self.T == 0 or self.N == 0:
             for to, start in zip(final, initial, strict=True):
                 to[...] = 0 if start is None else start
-            return segments
+            return
         state: Pair = initial
         cuts = self._cuts(direction)
         whole = len(cuts) == 1
@@ -201,11 +205,10 @@ class _Recording:
             saved = direction.room(self.T, self.N) if whole else None
             steps = Steps(first, last, x_part, y_part, state, rows, way, saved, cut)
             state = final if last == cuts[-1][1] else (np.empty_like(final[0]), np.empty_like(final[1]))
-            direction.forward(weights, steps, state)
+            yield [direction.forward(weights, steps, state)]
             if self.masks:  # the input is that of before with its mask, and will be again
                 steps.x = _nothing
             segments.append(steps)
-        return segments
 
     def backward(self, d_output: object, d_state: object) -> Gradients:
         """Return the gradients; arguments as the user gave them."""
@@ -222,14 +225,17 @@ class _Recording:
             d_x = empty(shape, lstm.dtype)
             to = d_x if k else self._time_major(d_x)
             x = self._drop(self.between[k - 1], k - 1) if k and self.masks else None
+            passes, of_x = [], [to, *(np.empty(to.shape, to.dtype) for _ in range(1, D))]
             for d, weights in enumerate(self.weights[k]):
                 index = k * D + d
-                for name, make in weights.direction.makers:
-                    d_w[name] = make()
+                d_w |= (of_w := {name: make() for name, make in weights.direction.makers})
                 part = d_out if d_out is None or D == 1 else d_out[:, :, d * P : (d + 1) * P]
                 final = None if d_h_n is None else d_h_n[index], None if d_c_n is None else d_c_n[index]
                 initial = d_h_0[index], d_c_0[index]
-                self._backward(weights, self.layers[k][d], x, part, final, initial, to, d > 0, d_w)
+                passes.append(self._backward(weights, self.layers[k][d], x, part, final, initial, of_x[d], of_w))
+            _run_side_by_side(passes)
+            for more in of_x[1:]:
+                to += more
             d_out = to
             if k and lstm.dropout:
                 d_out = self._drop(to, k - 1)
@@ -238,32 +244,44 @@ class _Recording:
 
     def _backward(
         self, weights: Weights, segments: list[Steps], x: Array | None, d_out: Array | None,
-        d_state: Pair, d_initial: tuple[Array, Array], d_x: Array, add_x: bool, d_w: dict[str, Array],
-    ) -> None:  # fmt: skip
+        d_state: Pair, d_initial: tuple[Array, Array], d_x: Array, d_w: dict[str, Array],
+    ) -> Iterator[list[Run]]:  # fmt: skip
         """Take one direction of one layer backward, segment by segment against its own order.
 
         x : what the steps were given, where they have not kept it.
         """
         direction = weights.direction
         if not segments:
-            for array in (*(d_w[name] for name, _ in direction.makers), d_x):
+            for array in (*d_w.values(), d_x):
                 array[...] = 0
             for to, end in zip(d_initial, d_state, strict=True):
                 to[...] = 0 if end is None else end
+        more = direction.more(segments[-1].way) if segments else None
         for steps in reversed(segments):
             first, last = steps.first, steps.last
             x_part = steps.x if x is None else x[first:last]
-            saved = steps.saved or direction.forward_again(weights, steps, x_part)
+            saved = steps.saved
+            if saved is None:
+                saved, again = direction.forward_again(weights, steps, x_part)
+                yield [again]
+                del again  # what it holds is as large
             part = None if d_out is None else d_out[first:last]
-            started = steps is not segments[-1]
-            direction.backward(
-                weights, steps, x_part, saved, part, d_state, d_initial, d_x[first:last], add_x, d_w, started
+            begins = steps is segments[-1]
+            yield direction.backward(
+                weights, steps, x_part, saved, part, d_state, d_initial, d_x[first:last], d_w, more, begins
             )
             del saved  # so that its memory serves the next segment
             if steps.cut is not None:
                 d_initial[0][steps.cut], d_initial[1][steps.cut] = 0, 0
             if steps is not segments[0]:
                 d_state = d_initial[0].copy(), d_initial[1].copy()
+        direction.add_more(d_w, more)
+
+
+def _run_side_by_side(passes: list[Iterator[list[Run]]]) -> None:
+    """Take the directions of a layer through their segments."""
+    for together in zip(*passes, strict=True):
+        run_together([run for runs in together for run in runs])
 
 
 def _check_d_output(lstm: LSTM, d_output: object, shape: tuple[int, ...]) -> Array | None:
@@ -277,35 +295,59 @@ def _check_d_output(lstm: LSTM, d_output: object, shape: tuple[int, ...]) -> Arr
     return array
 
 
-def _record_alike(lstm: LSTM, weights: Weights, call: Call, owned: bool) -> Tape:
-    """Record a call of a single direction with all rows and steps alike: as `_Recording`, without its loops.
+def _by_layer(h: Array | None, c: Array | None, L: int) -> list[Any]:
+    """Return the pair of each layer of arrays (L, ...), of which either may be None."""
+    return [(None if h is None else h[k], None if c is None else c[k]) for k in range(L)]
+
+
+def _record_alike(lstm: LSTM, layers: list[list[Weights]], call: Call, owned: bool) -> Tape:
+    """Record a call of single directions with all rows and steps alike: as `_Recording`, without its loops.
 
     A training step of a small model is mostly Python; this makes a sixth less of it.
     """
     given, T, N, (h_0, c_0), _, _, _, batched = call
-    direction, dtype, P = weights.direction, lstm.dtype, lstm._output_size
+    dtype, P, L = lstm.dtype, lstm._output_size, len(layers)
     if not owned:
         given = given.copy()
     if h_0 is not None and c_0 is not None:
         h_0, c_0 = h_0.copy(), c_0.copy()
     shape = given.shape
     output = empty((*shape[:-1], P), dtype)
-    h_n, c_n = np.empty((1, N, P), dtype), np.empty((1, N, lstm.hidden_size), dtype)
-    x, y = _time_major(lstm, given, batched), _time_major(lstm, output, batched)
-    saved = direction.room(T, N)
-    steps = Steps(0, T, x, y, (h_0, c_0), EVERY_ROW, direction.way(x, y, None), saved)
-    direction.forward(weights, steps, (h_n, c_n))
+    h_n, c_n = np.empty((L, N, P), dtype), np.empty((L, N, lstm.hidden_size), dtype)
+    x = _time_major(lstm, given, batched)
+    recorded: list[tuple[Weights, Steps, Any]] = []
+    states, finals = ([(h_0, c_0)], [(h_n, c_n)]) if L == 1 else (_by_layer(h_0, c_0, L), _by_layer(h_n, c_n, L))
+    for k, (weights,) in enumerate(layers):
+        direction = weights.direction
+        y = empty((T, N, P), dtype) if k < L - 1 else _time_major(lstm, output, batched)
+        saved = direction.room(T, N)
+        steps = Steps(0, T, x, y, states[k], EVERY_ROW, direction.way(x, y, None), saved)
+        run_together([direction.forward(weights, steps, finals[k])])
+        recorded.append((weights, steps, saved))
+        x = y
 
     def backward(d_output: object, d_state: object) -> Gradients:
         d_out = _check_d_output(lstm, d_output, output.shape)
         if d_out is not None:
             d_out = _time_major(lstm, d_out, batched)
-        d_final = lstm._check_state(d_state, N, batched, "d_state", ("d_h_n", "d_c_n"))
+        d_h_n, d_c_n = lstm._check_state(d_state, N, batched, "d_state", ("d_h_n", "d_c_n"))
         d_h_0, d_c_0, d_x = np.empty(h_n.shape, dtype), np.empty(c_n.shape, dtype), empty(shape, dtype)
-        d_w = {name: make() for name, make in direction.makers}
-        to = _time_major(lstm, d_x, batched)
-        direction.backward(weights, steps, x, saved, d_out, d_final, (d_h_0, d_c_0), to, False, d_w, False)
-        return Gradients(d_x, (d_h_0, d_c_0) if batched else (d_h_0[:, 0], d_c_0[:, 0]), d_w)
+        finals, initials = [(d_h_n, d_c_n)], [(d_h_0, d_c_0)]
+        if L > 1:
+            finals, initials = _by_layer(d_h_n, d_c_n, L), _by_layer(d_h_0, d_c_0, L)
+        d_w: dict[str, Array] = {}
+        for k in range(L - 1, -1, -1):
+            weights, steps, saved = recorded[k]
+            direction, x = weights.direction, steps.x
+            for name, make in direction.makers:
+                d_w[name] = make()
+            to = empty(x.shape, dtype) if k else _time_major(lstm, d_x, batched)
+            more = direction.more(steps.way)
+            run_together(direction.backward(weights, steps, x, saved, d_out, finals[k], initials[k], to, d_w, more))
+            direction.add_more(d_w, more)
+            d_out = to
+        state = (d_h_0, d_c_0) if batched else (d_h_0[:, 0], d_c_0[:, 0])
+        return Gradients(d_x, state, d_w if L == 1 else {name: d_w[name] for name in lstm._params})
 
     return Tape(output, (h_n, c_n) if batched else (h_n[:, 0], c_n[:, 0]), backward)
 
@@ -314,8 +356,8 @@ def record_lstm(lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool
     """Record a call of an LSTM; `owned`: nobody else writes to `call.x`."""
     weights: list[list[Weights]] = lstm._training_weights()
     alike = every is None and call.order is None and call.reset is None and call.T * call.N > 0
-    if alike and lstm.num_layers == 1 and not lstm.bidirectional:
-        return _record_alike(lstm, weights[0][0], call, owned)
+    if alike and not lstm.bidirectional and not (lstm.dropout and lstm.num_layers > 1):
+        return _record_alike(lstm, weights, call, owned)
     recording = _Recording(lstm, weights, call, rng, every, owned)
     h_n, c_n = recording.h_n, recording.c_n
     state = (h_n, c_n) if call.batched else (h_n[:, 0], c_n[:, 0])

@@ -373,7 +373,7 @@ def test_large_sizes_agree_with_the_reference_and_are_shared_out(case: Case, ent
     wide = np.float64  # longdouble takes its time at these sizes
     assert_gradients(gradients, training.exact(wide), (1 if case.dtype is np.float32 else 2) * limit_of(case))
     if fastlstm.get_num_threads() > 1:
-        assert len(entered) >= 2 * case.L * case.D
+        assert len(entered) >= 2 * case.L  # directions side by side
         assert all(entered)
     fastlstm.set_num_threads(1)
     entered.clear()
@@ -549,6 +549,7 @@ def test_the_serial_kernel_where_no_parallel_region_is_to_be_had(
 ) -> None:
     training = draw_training(case)
     expected = training.gradients()
+    entered.clear()
     if why == "forked child":
         monkeypatch.setattr(threads, "_in_forked_child", True)
     with threads.region if why == "region taken" else nullcontext():
@@ -557,6 +558,23 @@ def test_the_serial_kernel_where_no_parallel_region_is_to_be_had(
                 assert_same_gradients(training.gradients(), expected)
     assert entered
     assert not any(entered)
+
+
+@pytest.mark.parametrize("how", [(2, 1, 2, True, 7), (3, 1, 3, False, 7), (4, 2, 1, True, 7)], **by_name)
+def test_directions_of_which_one_has_little_work(how: tuple[int, int, int, bool, int]) -> None:
+    """Segment by segment, from both ends: the rows of most lengths are in one direction's segment and not the other's.
+
+    What one thread does for itself is not run beside what all of them share.
+    """
+    training = draw_training(Case(T=55, N=7, I=7, H=46, D=2, lengths=True, dtype=np.float64))
+    assert training.problem.lengths is not None
+    training.problem.lengths[:] = 29, 8, 13, 35, 32, 24, 52
+    training.problem.x, training.d_output = np.nan_to_num(training.problem.x), np.nan_to_num(training.d_output)
+    expected = training.gradients()
+    assert np.isfinite(expected["weight_hh_l0"]).all()
+    with shared_out(*how):
+        for _ in range(5):
+            assert_same_gradients(training.gradients(checkpoint_every=20), expected)
 
 
 CHECKPOINTED = [
@@ -1854,7 +1872,7 @@ for shares, groups in ((1, 3), (2, 1)):
     parallel(shares=shares, groups=groups)
     regions.clear()
     assert same()
-    assert regions == [(os.getpid(), True)] * 8, regions  # of 2 layers, 2 directions each: forward and backward
+    assert regions == [(os.getpid(), True)] * 4, regions  # of 2 layers: forward and backward
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
 print(numba.threading_layer())

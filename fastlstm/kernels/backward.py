@@ -34,7 +34,7 @@ from fastlstm.kernels.team import (
 )
 from fastlstm.kernels.tile import FETCHING_ROWS, GATES
 
-__all__ = ["DOWN_DEPTH", "PLAN", "STATE", "TABLES", "backward_kernel"]
+__all__ = ["DOWN_DEPTH", "PLAN", "STATE", "SUMS", "TABLES", "backward_kernel", "sums_kernel"]
 
 PANEL_BYTES = 512 << 10  # of a block's panel beyond which it does not stay in L2
 DOWN_DEPTH = 256  # rows of a chunk in one sum: 128 gives 90% of peak, 256 94%
@@ -42,7 +42,7 @@ DOWN_DEPTH = 256  # rows of a chunk in one sum: 128 gives 90% of peak, 256 94%
 # What one call is about, written by `training.py`.  Addresses in bytes, all else in numbers.
 PLAN = record(
     "kernel",
-    # from here to `reset` the arrays of a call, in the order in which they are given
+    # from here to `more` the arrays of a call, in the order in which they are given
     "x", "out",  # (T, N, I), (T, N, P), the forward's input and output
     "saved",  # of the forward: the gates (T, N, 4H) and c' (T, N, H)
     "w_ih", "w_hh", "w_hr",  # natural panels
@@ -54,11 +54,13 @@ PLAN = record(
     "d_w_ih", "d_w_hh", "d_bias", "d_bias_hh", "d_w_hr",  # (4H, I), (4H, P), (4H,) twice the same, (P, H), out
     "order", "lengths", "places", "active",  # (N,), (N,), (N,): a row's place by falling length; (T,): rows of a step
     "reset",  # bytes (T, N); 0: none
-    # from here to `raw` how they lie, in steps and rows, and whether to add to what is in d_x and the d_w
+    "more",  # room for the gradients of a second half of the rows, which is a call of its own; 0: the rows are not cut
+    # from here to `raw` how they lie, in steps and rows, and whether to add to what is in the d_w
     "x_step", "x_row", "out_step", "out_row", "d_out_step", "d_out_row", "d_x_step", "d_x_row",
-    "reset_step", "reset_row", "add_x", "add_w",
+    "reset_step", "reset_row", "add_w",
     "raw",  # 1: w_ih and w_hh are not packed, but their rows are whole registers
     "T", "N", "I", "P", "H", "reverse", "projected",
+    "row0", "rows",  # those of the N that this call is about
     "linear",  # 1: no steps at all; d_z is given for T rows, and N is 1
     "J", "parts",  # numbers in a row of d_z, parts of a sum over them: 4H and 4; where it is linear the outputs and 1
     "zeros", "ones",  # as many as the largest row; DOWN_DEPTH
@@ -73,14 +75,17 @@ PLAN = record(
     "d_h", "d_c",  # (N, P), (N, H): what is passed on to the step before
     "d_z", "m", "d_m", "d_h_out",  # (most, 4H), (most, H), (N, H), (most, P)
     "left_z", "left_h", "panel_x", "panel_h", "panel_m",  # panels of the chunk
-    "x_from", "h_from", "z_from", "d_x_to",  # tables (most,): addresses, and offsets
+    "x_from", "h_from", "z_from", "d_x_to", "k_of",  # tables (most,) of each slot: addresses, offsets, and its k
     "scratch", "scratch_rank",  # for each rank: a STATE, room for `turn` and tables (N,)
 )  # fmt: skip
+
+SUMS = record("kernel", "d_w_ih", "d_w_hh", "d_bias", "d_bias_hh", "d_w_hr", "more", "J", "I", "P", "H")
 
 STATE = record(
     "rank", "shares", "phase", "impatient", "kind",
     "first", "last",  # rows of the slice
     "done", "steps", "j", "base",  # steps of earlier chunks, steps of this one, the step, rows of the chunk before it
+    "slot",  # the first of the step's rows
     "rows",  # of the chunk
 )  # fmt: skip
 LOAD, STEPS, UNITS, OUTPUTS, PACK, GRADIENTS, SAVE = range(7)  # what a phase does
@@ -194,28 +199,32 @@ def backward_kernel(dtype: np.dtype):
             j += here * count
         return ahead
 
-    @part(types.void, plan_type, i, i, i, i, i, i)
-    def pack_right(p, table, columns, first_k, last_k, out, rows):
-        """Make a panel of rows at a table of addresses, for blocks of columns, and for the few that are left."""
+    @part(types.void, plan_type, i, i, i, i, i)
+    def pack_right(p, table, columns, first, last, out):
+        """Make a panel of slots at a table of addresses, for blocks of columns, and for the few that are left."""
         whole = columns - few_of(columns)
         blocks = count_blocks(whole)
         for block in range(blocks + (whole < columns)):
             at, line = whole, lanes
             if block < blocks:
-                first, vectors = cut_columns(whole, block)
-                at, line = first * lanes, vectors * lanes
-            to = out + (at * rows + first_k * line) * size
-            call_tile(p.pack, (line // lanes - 1, last_k - first_k, table + first_k * 8, at, columns - at, to, line))
+                vector, vectors = cut_columns(whole, block)
+                at, line = vector * lanes, vectors * lanes
+            call_tile(p.pack, (
+                line // lanes - 1, last - first, table + first * 8, at, columns - at,
+                out + at * p.most * size, line, p.k_of + first * 8,
+            ))  # fmt: skip
 
-    @part(types.void, plan_type, i, i, i, i, i, i)
-    def pack_left(p, table, columns, first_k, last_k, out, rows):
-        """Make a panel of rows at a table of addresses, to be read down its columns."""
+    @part(types.void, plan_type, i, i, i, i, i)
+    def pack_left(p, table, columns, first, last, out):
+        """Make a panel of slots at a table of addresses, to be read down its columns."""
         for begin in range(0, columns, LEFT):
             at = begin
             while at < min(begin + LEFT, columns):
                 vectors = min(widest, (begin + LEFT - at) // lanes)
-                to = out + (begin * rows + first_k * LEFT + at - begin) * size
-                call_tile(p.pack, (vectors - 1, last_k - first_k, table + first_k * 8, at, columns - at, to, LEFT))
+                call_tile(p.pack, (
+                    vectors - 1, last - first, table + first * 8, at, columns - at,
+                    out + (begin * p.most + at - begin) * size, LEFT, p.k_of + first * 8,
+                ))  # fmt: skip
                 at += vectors * lanes
 
     @part(i, plan_type, i)
@@ -268,9 +277,9 @@ def backward_kernel(dtype: np.dtype):
     def table(q, p, which):
         return p.scratch + q.rank * p.scratch_rank + TABLES_AT + which * p.N * 8
 
-    @part(i, plan_type, state_type, i, i, i)
-    def fill_sources(p, q, t, row, k):
-        """Write where row k of the chunk comes from, and where its d_x goes; return where its c is."""
+    @part(i, plan_type, state_type, i, i, i, i)
+    def fill_sources(p, q, t, row, slot, k):
+        """Write where a slot comes from, and where its d_x and its panels' rows go; return where its c is."""
         n = position(p, row)
         before = t + 1 if p.reverse else t - 1
         cut = is_cut(p, t, row)
@@ -281,26 +290,27 @@ def backward_kernel(dtype: np.dtype):
         elif not cut:
             h = p.h_0 + n * p.P * size if p.h_0 else p.zeros
             c = p.c_0 + n * p.H * size if p.c_0 else p.zeros
-        set_integer(p.x_from + k * 8, p.x + (t * p.x_step + n * p.x_row) * size)
-        set_integer(p.h_from + k * 8, h)
-        set_integer(p.d_x_to + k * 8, t * p.d_x_step + n * p.d_x_row)
+        set_integer(p.x_from + slot * 8, p.x + (t * p.x_step + n * p.x_row) * size)
+        set_integer(p.h_from + slot * 8, h)
+        set_integer(p.d_x_to + slot * 8, t * p.d_x_step + n * p.d_x_row)
+        set_integer(p.k_of + slot * 8, k)
         return c
 
     @part(types.void, plan_type, state_type, i, i)
     def fill_tables(p, q, row0, rows):
         """Write where the rows of one step are read and written."""
         t = time(p, q, q.j)
+        first = q.base if p.units_apart else q.slot
         for r in range(rows):
-            row = row0 + r
+            row, slot = row0 + r, first + r
             n = position(p, row)
             place = integer_at(p.places + row * 8) if p.places else row
-            k = q.base + place - q.first
-            c = fill_sources(p, q, t, row, k)
-            set_integer(table(q, p, Z_ROWS) + r * 8, k * GATES * p.H)
+            c = fill_sources(p, q, t, row, slot, q.base + place - q.first)
+            set_integer(table(q, p, Z_ROWS) + r * 8, slot * GATES * p.H)
             set_integer(table(q, p, H_ROWS) + r * 8, r * p.P)
             set_integer(table(q, p, D_OUT_ROWS) + r * 8, t * p.d_out_step + n * p.d_out_row if p.d_out else 0)
             set_integer(table(q, p, C_ROWS) + r * 8, c)
-            set_integer(table(q, p, DH_ROWS) + r * 8, k * p.P if p.projected else 0)
+            set_integer(table(q, p, DH_ROWS) + r * 8, slot * p.P if p.projected else 0)
 
     @part(types.void, plan_type, state_type, i, i, i, i)
     def pass_on(p, q, row0, rows, first, last):
@@ -316,8 +326,8 @@ def backward_kernel(dtype: np.dtype):
         next_t, next_row = time(p, q, q.j + 2), row0
         if p.slices > 1:
             next_t, next_row = t, row0 + q.last - q.first
-            if next_row + rows > p.N:
-                next_t, next_row = time(p, q, q.j + 1), row0 - q.first
+            if next_row + rows > p.row0 + p.rows:
+                next_t, next_row = time(p, q, q.j + 1), p.row0 + row0 - q.first
         if rows >= FETCHING_ROWS and not p.units_apart and 0 <= next_t < p.T:
             ahead = p.saved + (next_t * p.N + next_row) * GATES * p.H * size
             multiplications = (rows + most[0, widest] - 1) // most[0, widest] * count_blocks(p.P) * GATES * p.H
@@ -384,9 +394,10 @@ def backward_kernel(dtype: np.dtype):
     @part(types.void, plan_type, state_type, i)
     def retrace(p, q, row):
         """Take a single row through all steps of the chunk, in one call of the tile."""
-        rows, c = q.last - q.first, p.zeros
+        first, c = q.slot, p.zeros
         for j in range(q.steps):
-            c = fill_sources(p, q, time(p, q, j), row, j * rows + row - q.first)
+            c = fill_sources(p, q, time(p, q, j), row, q.slot, j * (q.last - q.first) + row - q.first)
+            q.slot += 1
         t, back = time(p, q, 0), 1 if p.reverse else -1
         d_out, d_out_step = p.zeros, 0
         if p.d_out:
@@ -394,12 +405,13 @@ def backward_kernel(dtype: np.dtype):
         call_tile(p.retrace, (
             0, q.steps, p.H, (p.H + lanes - 1) // lanes, p.d_h + row * p.H * size, p.d_c + row * p.H * size,
             d_out, d_out_step, p.saved + (t * p.N + row) * GATES * p.H * size, c_at(p, t, row), back * p.N * p.H, c,
-            p.d_z + (row - q.first) * GATES * p.H * size, rows * GATES * p.H, p.w_hh, p.raw,
+            p.d_z + first * GATES * p.H * size, GATES * p.H, p.w_hh, p.raw,
         ))  # fmt: skip
 
     @part(types.void, plan_type, state_type, i, i)
     def all_steps(p, q, row0, rows):
-        """Take a group of rows through all steps of the chunk."""
+        """Take a group of rows through all steps of the chunk; their slots follow each other."""
+        q.slot = q.steps * (row0 - q.first)
         if p.retrace and rows == 1 and not p.reset:
             retrace(p, q, row0)
             return
@@ -417,6 +429,7 @@ def backward_kernel(dtype: np.dtype):
                     for r in range(here):
                         set_integer(table(q, p, H_ROWS) + r * 8, r * p.P)
                 pass_on(p, q, row0, here, 0, count_blocks(p.P))
+                q.slot += here
             base += count_all(p, q, t)
 
     @part(i, plan_type, state_type)
@@ -481,12 +494,51 @@ def backward_kernel(dtype: np.dtype):
                 vectors = min(widest, (LEFT - within - at) // lanes)
                 for k in range(0, max(q.rows, 1), DOWN_DEPTH):
                     call_tile(p.multiply, (
-                        piece_of[0, vectors, 1], 1, p.ones, p.ramp_z, 0, min(DOWN_DEPTH, q.rows - k), 1,
-                        here + (k * LEFT + at) * size, LEFT, d_bias + (begin + at) * size, p.ramp_z,
+                        piece_of[0, vectors, 1], 1, p.ones, p.ramp_i, 0, min(DOWN_DEPTH, q.rows - k), 1,
+                        here + (k * LEFT + at) * size, LEFT, d_bias + (begin + at) * size, p.ramp_i,
                         end - begin - at, int(add or k > 0), 0, 0,
                     ))  # fmt: skip
                 at += vectors * lanes
             begin = end
+
+    @part(types.boolean, plan_type, state_type)
+    def is_packed(p, q):
+        """Return whether d_W of the chunk is made of panels: one of a single row is an outer product."""
+        return q.rows != 1 or not p.outer
+
+    @part(types.void, plan_type, state_type, i, i)
+    def pack_slots(p, q, first, last):
+        """Make the rows of some slots in all panels of the chunk."""
+        if not is_packed(p, q):
+            return
+        for slot in range(first, last):
+            set_integer(p.z_from + slot * 8, z_at(p, q) + slot * p.J * size)
+        pack_right(p, p.x_from, p.I, first, last, p.panel_x)
+        pack_right(p, p.h_from, p.P, first, last, p.panel_h)
+        pack_left(p, p.z_from, p.J, first, last, p.left_z)
+        if p.projected:
+            for slot in range(first, last):
+                set_integer(p.z_from + slot * 8, p.d_h_out + slot * p.P * size)
+            pack_left(p, p.z_from, p.P, first, last, p.left_h)
+            for slot in range(first, last):
+                set_integer(p.z_from + slot * 8, p.m + slot * p.H * size)
+            pack_right(p, p.z_from, p.H, first, last, p.panel_m)
+
+    @part(types.void, plan_type, state_type, i, i)
+    def input_gradients(p, q, first, last):
+        """d_x = d_z W_ih of some slots."""
+        if p.dots and p.d_x:
+            call_tile(p.dots, (
+                p.I - 1, last - first, z_at(p, q), p.ramp_z + first * 8, p.J, p.w_ih_t,
+                p.d_x, p.d_x_to + first * 8, 0,
+            ))  # fmt: skip
+        elif p.d_x:
+            for block in range(count_blocks(p.I)):
+                along(
+                    p.multiply, z_at(p, q), p.ramp_z + first * 8, last - first, p.J // p.parts, p.parts,
+                    p.w_ih, p.raw, p.I, block,
+                    p.d_x, p.d_x_to + first * 8, 0, z_at(p, q), 0,
+                )  # fmt: skip
 
     @part(types.UniTuple(i, 2), state_type, i, i)
     def share_of(q, numbers, share):
@@ -498,9 +550,9 @@ def backward_kernel(dtype: np.dtype):
     @part(types.void, plan_type, state_type, i)
     def weight_gradients(p, q, share):
         """d_W += d_z^T [x h] and the bias, for a range of rows of the weights."""
-        add = int(p.add_w != 0 or q.done > 0 or q.first > 0)
+        add = int(p.add_w != 0 or q.done > 0 or q.first > p.row0)
         first, last = share_of(q, p.J, share)
-        if p.outer and q.rows == 1:  # it is not packed
+        if not is_packed(p, q):
             call_tile(p.outer, (0, first, last, p.d_z, p.I, integer_at(p.x_from), p.d_w_ih, add))
             call_tile(p.outer, (0, first, last, p.d_z, p.P, integer_at(p.h_from), p.d_w_hh, add))
             if p.d_bias:
@@ -522,13 +574,13 @@ def backward_kernel(dtype: np.dtype):
             if q.kind == LOAD and share == 0 and p.dots:
                 line = p.I if p.raw else cut_columns(p.I, 0)[1] * lanes
                 call_tile(p.turn, (0, p.J, p.I, p.w_ih, line, p.w_ih_t, p.J, 0))
-            for row in range(p.N * share // q.shares, p.N * (share + 1) // q.shares):
+            for row in range(p.row0 + p.rows * share // q.shares, p.row0 + p.rows * (share + 1) // q.shares):
                 n = position(p, row)
                 d_h, d_c = p.d_h + row * p.P * size, p.d_c + row * p.H * size
                 if q.kind == SAVE:
                     copy(p.d_h_0 + n * p.P * size, d_h, p.P * size)
                     copy(p.d_c_0 + n * p.H * size, d_c, p.H * size)
-                    if p.d_x and not p.add_x and p.lengths:
+                    if p.d_x and p.lengths:
                         for t in range(length(p, row), p.T):
                             clear(p.d_x + (t * p.d_x_step + n * p.d_x_row) * size, p.I * size)
                     continue
@@ -539,6 +591,8 @@ def backward_kernel(dtype: np.dtype):
                 rows = q.last - q.first
                 row0 = rows * group // p.groups
                 all_steps(p, q, q.first + row0, rows * (group + 1) // p.groups - row0)
+                pack_slots(p, q, q.steps * row0, q.slot)
+                input_gradients(p, q, q.steps * row0, q.slot)
         elif q.kind == OUTPUTS or q.kind == UNITS:
             # d_h of the step after, and with it what a step begins with; then, apart where there is a projection, d_z
             rows = count_all(p, q, time(p, q, q.j))
@@ -563,48 +617,34 @@ def backward_kernel(dtype: np.dtype):
                     differentiate(p, q, q.first, rows, first, last)
         elif q.kind == PACK:
             first, last = q.rows * share // q.shares, q.rows * (share + 1) // q.shares
-            for k in range(first, last):
-                set_integer(p.z_from + k * 8, z_at(p, q) + k * p.J * size)
-                if p.linear:
-                    set_integer(p.x_from + k * 8, p.x + (q.done + k) * p.x_step * size)
-                    set_integer(p.d_x_to + k * 8, (q.done + k) * p.d_x_step)
-            pack_right(p, p.x_from, p.I, first, last, p.panel_x, p.most)
-            pack_right(p, p.h_from, p.P, first, last, p.panel_h, p.most)
-            pack_left(p, p.z_from, p.J, first, last, p.left_z, p.most)
-            if p.projected:
-                for k in range(first, last):
-                    set_integer(p.z_from + k * 8, p.d_h_out + k * p.P * size)
-                pack_left(p, p.z_from, p.P, first, last, p.left_h, p.most)
-                for k in range(first, last):
-                    set_integer(p.z_from + k * 8, p.m + k * p.H * size)
-                pack_right(p, p.z_from, p.H, first, last, p.panel_m, p.most)
+            if p.linear:
+                for slot in range(first, last):
+                    set_integer(p.x_from + slot * 8, p.x + (q.done + slot) * p.x_step * size)
+                    set_integer(p.d_x_to + slot * 8, (q.done + slot) * p.d_x_step)
+                    set_integer(p.k_of + slot * 8, slot)
+            pack_slots(p, q, first, last)
         else:
-            blocks = count_blocks(p.P)
-            first, last = blocks * share // q.shares, blocks * (share + 1) // q.shares
-            rows = count_all(p, q, time(p, q, q.j)) if p.units_apart else 0
-            if first < last and rows > 0:
-                fill_tables(p, q, q.first, rows)
-                pass_on(p, q, q.first, rows, first, last)
+            if p.units_apart:
+                blocks = count_blocks(p.P)
+                first, last = blocks * share // q.shares, blocks * (share + 1) // q.shares
+                rows = count_all(p, q, time(p, q, q.j))
+                if first < last and rows > 0:
+                    fill_tables(p, q, q.first, rows)
+                    pass_on(p, q, q.first, rows, first, last)
             weight_gradients(p, q, share)
-            if p.d_x:
-                first, last = q.rows * share // q.shares, q.rows * (share + 1) // q.shares
-                if p.dots:
-                    call_tile(p.dots, (
-                        p.I - 1, last - first, z_at(p, q), p.ramp_z + first * 8, p.J, p.w_ih_t,
-                        p.d_x, p.d_x_to + first * 8, p.add_x,
-                    ))  # fmt: skip
-                    return
-                for block in range(count_blocks(p.I)):
-                    along(
-                        p.multiply, z_at(p, q), p.ramp_z + first * 8, last - first, p.J // p.parts, p.parts,
-                        p.w_ih, p.raw, p.I, block,
-                        p.d_x, p.d_x_to + first * 8, p.add_x, z_at(p, q), 0,
-                    )  # fmt: skip
+            if p.units_apart or p.linear:
+                input_gradients(p, q, q.rows * share // q.shares, q.rows * (share + 1) // q.shares)
 
     run_phase = phase_part(plan_type, state_type, run_share)
 
     def backward(plan, rank):
         p = carray(plan, 1)[0]
+        if p.row0 > 0:  # the second half
+            p.d_w_ih = p.more
+            p.d_w_hh = p.d_w_ih + p.J * p.I * size
+            p.d_w_hr = p.d_w_hh + p.J * p.P * size
+            p.d_bias = p.d_w_hr + p.P * p.H * p.projected * size if p.d_bias else 0
+            p.d_bias_hh = 0
         q = carray(state_at(p.scratch + rank * p.scratch_rank), 1)[0]
         q.rank, q.shares, q.phase, q.impatient = rank, p.shares, 0, 0
         q.kind, q.done, q.j = LOAD, 0, 0
@@ -614,7 +654,8 @@ def backward_kernel(dtype: np.dtype):
             head = p.T % p.chunk  # chunks count in the forward's order: its last, the first here, may be short
             q.steps = head if q.done == 0 and head > 0 else p.chunk
             for slice_ in range(p.slices):  # within a chunk, so that checkpoints leave the order of a sum as it is
-                q.first, q.last = p.N * slice_ // p.slices, p.N * (slice_ + 1) // p.slices
+                q.first = p.row0 + p.rows * slice_ // p.slices
+                q.last = p.row0 + p.rows * (slice_ + 1) // p.slices
                 q.rows = 0
                 for j in range(q.steps):
                     q.rows += count_all(p, q, time(p, q, j))
@@ -634,7 +675,7 @@ def backward_kernel(dtype: np.dtype):
                 else:
                     q.kind = STEPS
                     run_phase(p, q)
-                if q.rows > 1 or not p.outer:
+                if (p.units_apart or p.linear) and is_packed(p, q):
                     q.kind = PACK
                     run_phase(p, q)
                 q.kind = GRADIENTS
@@ -645,3 +686,29 @@ def backward_kernel(dtype: np.dtype):
             run_phase(p, q)
 
     return backward, types.void(types.CPointer(plan_type), i)
+
+
+def sums_kernel(dtype: np.dtype):
+    """Describe what adds the gradients of a second half of the rows to those of the first: a function of a SUMS."""
+    size = dtype.itemsize
+    sums_type, numbers_at = from_dtype(SUMS), record_at(from_dtype(dtype))
+
+    @part(types.int64, types.int64, types.int64, types.int64)
+    def add(total, more, count):
+        """Return what lies behind those that were added."""
+        a, b = carray(numbers_at(total), count), carray(numbers_at(more), count)
+        for k in range(count):
+            a[k] += b[k]
+        return more + count * size
+
+    def sums(plan, rank):
+        p = carray(plan, 1)[0]
+        more = add(p.d_w_ih, p.more, p.J * p.I)
+        more = add(p.d_w_hh, more, p.J * p.P)
+        if p.d_w_hr:
+            more = add(p.d_w_hr, more, p.P * p.H)
+        if p.d_bias:
+            add(p.d_bias, more, p.J)
+            copy(p.d_bias_hh, p.d_bias, p.J * size)
+
+    return sums, types.void(types.CPointer(sums_type), types.int64)

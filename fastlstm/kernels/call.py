@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.simd import I8, I64
-from fastlstm.kernels.team import call_kernel, integer_at, set_integer
+from fastlstm.kernels.team import call_kernel, integer_at, lazy, set_integer
 
 __all__ = ["FIRST", "address", "bind"]
 
@@ -83,41 +83,60 @@ def _none(typingctx):
     return types.int64(), codegen
 
 
-def builtin_kernel(_: None):
+@lazy
+def _place(plan, arguments, count):
+    """Write where the data of array objects is to a plan."""
+    none = _none()
+    for k in range(count):
+        array = integer_at(arguments + 8 * k)
+        set_integer(plan + (FIRST + k) * 8, 0 if array == none else integer_at(array + HEAD))
+
+
+def running_kernel(_: None):
     """Describe the built-in function: of the plan, and of array objects or None, whose addresses it writes there.
 
     It takes the address and the number of its arguments and returns the second, the output, where there are two.
     """
 
-    def builtin(plan, arguments, count):
-        plan, none = integer_at(plan + HEAD), _none()
-        for k in range(count):
-            array = integer_at(arguments + 8 * k)
-            set_integer(plan + (FIRST + k) * 8, 0 if array == none else integer_at(array + HEAD))
+    def running(plan, arguments, count):
+        plan = integer_at(plan + HEAD)
+        _place(plan, arguments, count)
         state = _release_gil(0)
         call_kernel(integer_at(plan), plan, 0)
         _take_gil(state)
-        result = none if count < 2 else integer_at(arguments + 8)
+        result = _none() if count < 2 else integer_at(arguments + 8)
         _add_reference(result)
         return result
 
-    return builtin, types.int64(types.int64, types.int64, types.int64)
+    return running, types.int64(types.int64, types.int64, types.int64)
+
+
+def placing_kernel(_: None):
+    """Describe a built-in function that only writes the addresses."""
+
+    def placing(plan, arguments, count):
+        _place(integer_at(plan + HEAD), arguments, count)
+        _add_reference(_none())
+        return _none()
+
+    return placing, types.int64(types.int64, types.int64, types.int64)
 
 
 @functools.cache
-def _method() -> _Method:
-    """Return the method definition, for ever: functions that outlive this module at exit still refer to it."""
-    method = _Method(b"run", entry(builtin_kernel), METH_FASTCALL, None)
+def _method(describe: Any) -> _Method:
+    """Return a method definition, for ever: functions that outlive this module at exit still refer to it."""
+    method = _Method(b"run", entry(describe, None), METH_FASTCALL, None)
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(method))
     return method
 
 
-def bind(plan: NDArray[np.int64]) -> Callable[..., Any]:
+def bind(plan: NDArray[np.int64], run: bool = True) -> Callable[..., Any]:
     """Return a function that runs a plan on this thread: of the arrays whose addresses come first in it.
 
     None is 0. Arrays that are not given stay those of before. It returns the second, where there are two.
+    run : False: it only writes the addresses.
     """
-    function: Callable[..., Any] = _new_function(_method(), plan, None)
+    function: Callable[..., Any] = _new_function(_method(running_kernel if run else placing_kernel), plan, None)
     return function
 
 

@@ -252,7 +252,12 @@ def _region(function: Callable[..., Any], signature: Any) -> Any:
     return dispatcher
 
 
-def parallel_region(function: Callable[..., Any], signature: Any) -> Any:
-    """Return a compiled function with a parallel region, for Python, with the GIL released while it runs."""
+def parallel_region(function: Callable[..., Any], signature: Any) -> int:
+    """Return the address of a compiled function with a parallel region, of Numba's own calling convention.
+
+    It takes where to put a result and an exception before its arguments, and returns 0 if there was none.
+    """
     with compiling:
-        return _region(function, signature)
+        compiled = _region(function, signature).overloads[signature.args]
+        address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+        return address

@@ -377,14 +377,15 @@ def _emit_retrace(
     b.loop(steps, step)
 
 
-def _emit_pack(b: Builder, vectors: int, rows, source, offset, valid, out, line) -> None:
-    """Emit out[row] = source[row] from `offset` on, the first `valid` numbers and zeros behind them.
+def _emit_pack(b: Builder, vectors: int, rows, source, offset, valid, out, line, places) -> None:
+    """Emit out[places[row]] = source[row] from `offset` on, the first `valid` numbers and zeros behind them.
 
-    source : a table of addresses.  out : (rows, vectors), `line` apart.
+    source : a table of addresses.  out : rows of `vectors` registers, `line` apart.  places : a table of int64.
     """
 
     def one_row(row: ir.Value, _: list[Vec]) -> list[Vec]:
-        from_, to = _addressed(b, source, row) + offset, b.pointer(out) + b.ir.mul(row, line)
+        place = b.ir.load(b.ir.gep(b.ir.inttoptr(places, I64.as_pointer()), [row]))
+        from_, to = _addressed(b, source, row) + offset, b.pointer(out) + b.ir.mul(place, line)
         ahead = _ahead(b, source, row, rows) + offset
         for v in range(vectors):
             at = I64(v * b.lanes)
@@ -527,7 +528,7 @@ def cell_kernel(dtype: np.dtype):
 
 def pack_kernel(dtype: np.dtype):
     """Describe what makes panels of rows: of an int64 table, the vectors less one and what `_emit_pack` takes."""
-    tile = kernel(dtype, "pack", 6, _emit_pack, dict(enumerate(range(1, most_vectors() + 1))))
+    tile = kernel(dtype, "pack", 7, _emit_pack, dict(enumerate(range(1, most_vectors() + 1))))
 
     def pack(table):
         tile(table)

@@ -23,7 +23,7 @@ from fastlstm.kernels.panels import (
     natural_panel,
 )
 from fastlstm.kernels.product import L2_BYTES, tile_rows
-from fastlstm.kernels.region import Prepared
+from fastlstm.kernels.region import Prepared, Run
 from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import (
@@ -51,6 +51,7 @@ __all__ = [
     "deal_rows",
     "load_tiles",
     "lying",
+    "pays",
 ]
 
 Array = NDArray[Any]
@@ -191,7 +192,7 @@ class Network:
         between_at = z_at + _line(directions * how.chunk * rows * self.width * size if how.hoisted else 0)
         m_at = between_at + _line(2 * how.chunk * rows * s.P * size if s.L > 1 and s.D == 1 else 0)
         per_rank = m_at + _line(directions * rows * self.cut.padded * size if self.projected else 0) + 2 * LINE
-        counters = (2 + 2 * how.shares) * LINE
+        counters = (2 + 2 * max(how.shares, how.groups * s.D)) * LINE
         middle = 2 * T * N * 2 * s.P * size if s.L > 1 and s.D == 2 else 0
         offsets = {"z_at": z_at, "between_at": between_at, "m_at": m_at, "scratch_rank": per_rank}
         offsets |= {"scratch": counters, "middle": counters + how.ranks * per_rank}
@@ -257,24 +258,40 @@ class Network:
         self.run(course, panels, x, out, state_in, state_out, order, lengths, reset)
 
     def run(
+        self, course: Course, panels: Lent, x: Array, out: Array, state_in: tuple[Array | None, Array | None],
+        state_out: tuple[Array, Array], order: Array | None, lengths: Array | None, reset: Array | None,
+    ) -> None:  # fmt: skip
+        """Run a batch of sequences of a course's size; rows are dealt to its groups already."""
+        space = self._space(course, False, order, lengths, reset)
+        space.run(x, out, *state_out, *state_in, panels.array)
+        if space.keeps and reset is None:
+            course.idle[False] = space
+
+    def recording(
         self, course: Course, panels: Lent | None, x: Array, out: Array, state_in: tuple[Array | None, Array | None],
         state_out: tuple[Array, Array], order: Array | None, lengths: Array | None, reset: Array | None,
-        saved: Array | None = None, weights: Sequence[Array] = (),
-    ) -> None:  # fmt: skip
-        """Run a batch of sequences of a course's size; rows are dealt to its groups already.
+        saved: Array | None, weights: Sequence[Array], count: int,
+    ) -> Run:  # fmt: skip
+        """Return such a run for training; `count`: threads for it and those beside it.
 
         saved : what the plan says, rows in that order, written for the backward.
         weights : W_ih, W_hh and perhaps b_ih, b_hh, where the course reads them as they are, instead of panels.
         """
-        recorded = saved is not None
-        space = course.take(recorded) if reset is None else None
+        space = self._space(course, saved is not None, order, lengths, reset)
+        arrays = (x, out, *state_out, *state_in, None if panels is None else panels.array, saved, *weights)
+        home = (course.idle, space.recorded) if space.keeps and reset is None else None
+        return space, arrays, count, panels, home
+
+    def _space(
+        self, course: Course, recorded: bool, order: Array | None, lengths: Array | None, reset: Array | None
+    ) -> Workspace:  # fmt: skip
+        """Return a workspace that nobody uses."""
+        space = course.idle.pop(recorded, None) if reset is None else None
         if space is None:
             space = Workspace(self, course, recorded, order, lengths, reset)
         elif lengths is not None:
             space.plan[ROWS : ROWS + 2] = address(order), address(lengths)
-        space.run(x, out, *state_out, *state_in, None if panels is None else panels.array, saved, *weights)
-        if reset is None:
-            course.leave(space)
+        return space
 
     def stream(self, panels: Lent, N: int) -> StreamRunner:
         """Return a runner that keeps a state."""
@@ -290,21 +307,12 @@ def lying(x: Array, out: Array) -> Strides:
 class Course:
     """How calls of one size are run, and the workspaces that some of them have left to the next."""
 
-    __slots__ = ("N", "T", "_idle", "how", "strides", "unpacked")
+    __slots__ = ("N", "T", "how", "idle", "strides", "unpacked")
 
     def __init__(self, T: int, N: int, strides: Strides, how: Strategy, unpacked: bool = False) -> None:
         self.T, self.N, self.strides, self.unpacked = T, N, strides, unpacked
         self.how = how._replace(hoisted=True) if unpacked else how
-        self._idle: dict[bool, Workspace] = {}  # by whether the call is recorded
-
-    def take(self, recorded: bool) -> Workspace | None:
-        """Return a workspace, unless it is in use."""
-        return self._idle.pop(recorded, None)
-
-    def leave(self, space: Workspace) -> None:
-        """Leave a workspace to the next call, unless it is large."""
-        if space.nbytes <= KEPT_SCRATCH:
-            self._idle[space.recorded] = space
+        self.idle: dict[bool, Workspace] = {}  # by whether the call is recorded
 
 
 class Workspace(Prepared):
@@ -328,7 +336,7 @@ class Workspace(Prepared):
         } | dict(values or {})  # fmt: skip
         counters = buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
         numbers = network.plan(base + h_bytes + c_bytes, offsets, how, recorded, course.unpacked, **own)
-        self.buffer, self.nbytes, self.recorded = buffer, buffer.nbytes, recorded
+        self.buffer, self.keeps, self.recorded = buffer, buffer.nbytes <= KEPT_SCRATCH, recorded
         super().__init__(numbers, counters, how.ranks, alike=lengths is None)
 
 
@@ -390,15 +398,21 @@ class StreamRunner:
         self._c[:, :, : s.H] = 0 if c is None else c
 
 
+def pays(network: Network, N: int, T: int, lengths: Array | None, calls: int = 1) -> bool:
+    """Return whether some calls at once have enough work for a parallel region."""
+    s = network.sizes
+    rows = T * N if lengths is None else int(lengths.sum())
+    return network.width * (s.P + s.I) * s.L * s.D * rows * calls >= PARALLEL_WORK
+
+
 def choose_strategy(network: Network, N: int, T: int, count: int, lengths: Array | None) -> Strategy:
     """Choose how a call is shared out among at most `count` threads; the numbers are from `benchmarks/peers.py`."""
     s, size = network.sizes, network.dtype.itemsize
     step = N * network.width * s.P  # multiply-adds of one step of one direction, the input product left out
-    work = network.width * (s.P + s.I) * s.L * s.D * (T * N if lengths is None else int(lengths.sum()))
     layer_bytes = network.weight_bytes // (s.L * s.D)
     hoisted = T > 1 and s.I > 2 and (N < MIN_FULL or layer_bytes > HUGE_LAYER)
     ranks = shares = groups = 1
-    if count > 1 and work >= PARALLEL_WORK:
+    if count > 1 and pays(network, N, T, lengths):
         full_tiles = MIN_FULL * count <= N and layer_bytes <= LARGE_LAYER
         if count <= s.D * N and (full_tiles or layer_bytes <= SMALL_LAYER or count <= s.D):
             ranks, groups = count, -(-count // s.D)

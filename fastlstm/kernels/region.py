@@ -6,35 +6,47 @@ import ctypes
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import numba
 import numpy as np
+from numba import carray, from_dtype, types
 from numba.np.ufunc import parallel
 from numpy.typing import NDArray
 
 from fastlstm import threads
-from fastlstm.kernels.call import FIRST, address, bind
-from fastlstm.kernels.compile import compiling, parallel_region
-from fastlstm.kernels.team import run_parallel
+from fastlstm.kernels.call import address, bind
+from fastlstm.kernels.compile import compiling, entry, parallel_region
+from fastlstm.kernels.team import LINE, call_kernel, claim, integer_at, record, run_parallel
+from fastlstm.memory import aligned
 
-__all__ = ["Prepared", "run_region"]
+__all__ = ["Prepared", "Run", "run_region", "run_together"]
 
 Array = NDArray[Any]
 
 _SIGNATURE = numba.void(numba.int64, numba.int64)
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
+_REGION = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_void_p), ctypes.c_int64, ctypes.c_int64
+)
 _pool: ThreadPoolExecutor | None = None
 
 
 @functools.cache
-def _launch() -> None:
-    """Have Numba choose the threading layer, if nothing has yet; it imports multiprocessing for that."""
+def _region() -> Callable[[int, int], int] | None:
+    """Return what runs a plan in a parallel region and returns 0, None where Numba's threading layer is its workqueue.
+
+    Numba chooses the layer here, if nothing has made it yet, and imports multiprocessing for that.
+    """
     with compiling:
         parallel._launch_threads()
+    if numba.threading_layer() == "workqueue":
+        return None
+    result, raised = ctypes.c_void_p(), ctypes.c_void_p()
+    return functools.partial(_REGION(parallel_region(run_parallel, _SIGNATURE)), result, raised)
 
 
 def run_region(plan: NDArray[np.int64], ranks: int) -> bool:
@@ -47,14 +59,13 @@ def run_region(plan: NDArray[np.int64], ranks: int) -> bool:
     if not threads.may_run_parallel() or not threads.region.acquire(blocking=False):
         return False
     try:
-        _launch()
-        if numba.threading_layer() == "workqueue":
+        region = _region()
+        if region is None:
             _run_on_own_threads(plan, ranks)
-        else:
-            parallel_region(run_parallel, _SIGNATURE)(plan.ctypes.data, ranks)
+            return True
+        return region(address(plan), ranks) == 0
     finally:
         threads.region.release()
-    return True
 
 
 class _Call:
@@ -126,18 +137,24 @@ class Prepared:
 
     def __init__(self, numbers: Iterable[int], counters: Array, ranks: int, alike: bool = True) -> None:
         self.plan = np.array(list(numbers), np.int64)
-        self._counters, self._ranks = counters, ranks
+        self._counters, self.ranks, self.alike = counters, ranks, alike
         self._pace = threads.Pace() if alike else None
-        self.run_serial = bind(self.plan)
+        self.sides: _Sides | None = None  # what has run it together with others
+        self.run_serial, self._place = bind(self.plan), bind(self.plan, run=False)
         self.run: Callable[..., Any] = self.run_serial if ranks == 1 else self._run
         """Run the plan with the addresses of these arrays, 0 for None, in a parallel region or on this thread."""
+
+    def place(self, *arrays: Array | None) -> None:
+        """Make ready for a run with these arrays that something else starts."""
+        self._counters[:] = 0
+        self._place(*arrays)
 
     def _run(self, *arrays: Array | None) -> None:
         begun, pace = time.perf_counter_ns(), self._pace
         self._counters[:] = 0
         if pace is None or pace.allows_region(begun):
-            self.plan[FIRST : FIRST + len(arrays)] = [address(array) for array in arrays]
-            if run_region(self.plan, self._ranks):
+            self._place(*arrays)
+            if run_region(self.plan, self.ranks):
                 now = time.perf_counter_ns()
                 if pace is not None:
                     pace.note_region(now - begun, now)
@@ -145,3 +162,71 @@ class Prepared:
         self.run_serial(*arrays)
         if pace is not None:
             pace.note_alone(time.perf_counter_ns() - begun)
+
+
+Home = tuple[dict[Any, Any], object]
+Run = tuple[Prepared, Sequence[Array | None], int, object, Home | None]
+"""A plan to be run, a tuple because others take longer to make:
+
+the plan and its arrays; threads for it and those beside it, a multiple of its ranks; what must live until then; where
+the plan waits for the next call like this one, and under which key.
+"""
+
+
+# Plans that need nothing of each other, with as many ranks each.
+SIDES = record("kernel", "plans", "ranks", "squads", "counters", "table")
+
+
+def sides_kernel(_: None):
+    """Describe what runs plans side by side: a function of the plan about them and the thread's rank.
+
+    The threads come in squads, and each squad begins with plans of its own; a rank of a plan is run by whoever claims
+    it first, so that nothing is left undone where a thread comes late.
+    """
+    plan_type = from_dtype(SIDES)
+
+    def sides(plan, rank):
+        p = carray(plan, 1)[0]
+        places = p.plans * p.ranks
+        begin = p.plans * (rank // p.ranks) // p.squads * p.ranks + rank % p.ranks
+        for attempt in range(places):
+            place = (begin + attempt) % places
+            if claim(p.counters, place, 0):
+                one = integer_at(p.table + place // p.ranks * 8)
+                call_kernel(integer_at(one), one, place % p.ranks)
+
+    return sides, types.void(types.CPointer(plan_type), types.int64)
+
+
+class _Sides(Prepared):
+    """Plans side by side on `count` threads: so many, of as many ranks each."""
+
+    def __init__(self, plans: int, ranks: int, count: int, alike: bool) -> None:
+        self.size = plans, ranks, count
+        self.table = np.zeros(plans, np.int64)
+        counters = aligned((2 + 2 * plans * ranks) * LINE, np.dtype(np.uint8))
+        numbers = entry(sides_kernel), plans, ranks, count // ranks, address(counters), address(self.table)
+        super().__init__(numbers, counters, count, alike)
+
+
+def run_together(runs: Sequence[Run]) -> None:
+    """Run plans that need nothing of each other: side by side, if they are alike in ranks and threads."""
+    first, arrays, count, _, _ = runs[0]
+    if len(runs) == 1:
+        first.run(*arrays)
+    elif count == 1 or any((prepared.ranks, others) != (first.ranks, count) for prepared, _, others, _, _ in runs):
+        for prepared, arrays, *_ in runs:
+            prepared.run(*arrays)
+    else:
+        sides, size = first.sides, (len(runs), first.ranks, count)
+        if sides is None or sides.size != size:
+            sides = first.sides = _Sides(*size, first.alike)
+        for n, (prepared, arrays, *_) in enumerate(runs):
+            prepared.place(*arrays)
+            sides.table[n] = address(prepared.plan)
+        sides.place()
+        sides.run()
+    for prepared, _, _, _, home in runs:
+        if home is not None:
+            idle, key = home
+            idle[key] = prepared

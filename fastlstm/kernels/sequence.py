@@ -20,18 +20,18 @@ from fastlstm.kernels.product import block_tables, product_part
 from fastlstm.kernels.team import (
     byte_at,
     call_tile,
+    claim,
     clear,
     copy,
     fence,
-    finish_task,
+    finish,
     integer_at,
-    next_task,
+    is_done,
     part,
     phase_part,
     record,
     record_at,
     set_integer,
-    wait_for_tasks,
 )
 from fastlstm.kernels.tile import GATES, blocking
 
@@ -395,24 +395,25 @@ def forward_kernel(dtype: np.dtype):
         together = p.shares > 1  # all threads in one task
         groups = 1 if together else p.groups
         directions = 1 if together else p.D  # that are tasks of their own
-        tasks_of_span = groups * directions
-        tasks = tasks_of_span * (1 if p.D == 1 else p.L)
-        task = -1
-        while True:
-            task = next_task(p.counters) if p.ranks > 1 and not together else task + 1
-            if task >= tasks:
-                break
-            layer, within = task // tasks_of_span, task % tasks_of_span
-            if p.ranks > 1 and not together:
-                wait_for_tasks(p.counters, layer * tasks_of_span)
+        tasks = groups * directions  # of a span
+        apart = p.ranks > 1 and not together
+        spans = 1 if p.D == 1 else p.L
+        for layer in range(spans):
             q.layer0, q.layer1 = (0, p.L) if p.D == 1 else (layer, layer + 1)
-            q.direction0, q.direction1 = within % directions, (within % directions + 1 if directions == p.D else p.D)
-            group = within // directions
-            q.row0 = p.N * group // groups
-            q.rows = p.N * (group + 1) // groups - q.row0
-            run_span(p, q)
-            if p.ranks > 1 and not together:
-                finish_task(p.counters)
+            for attempt in range(tasks):
+                task = (tasks * rank // p.ranks + attempt) % tasks if apart else attempt
+                if apart and not claim(p.counters, task, layer):
+                    continue
+                q.direction0 = task % directions
+                q.direction1 = q.direction0 + 1 if directions == p.D else p.D
+                group = task // directions
+                q.row0 = p.N * group // groups
+                q.rows = p.N * (group + 1) // groups - q.row0
+                run_span(p, q)
+                if apart:
+                    finish(p.counters, task, layer)
+            for task in range(tasks if apart and layer < spans - 1 else 0):
+                is_done(p.counters, task, layer, -1)
         if p.past_caches:
             fence()
         if p.ranks == 1:  # of a stream; where there are more threads the caller does it

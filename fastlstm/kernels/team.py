@@ -27,11 +27,13 @@ __all__ = [
     "byte_at",
     "call_kernel",
     "call_tile",
+    "claim",
     "clear",
     "copy",
     "fence",
-    "finish_task",
+    "finish",
     "integer_at",
+    "is_done",
     "lazy",
     "next_task",
     "on_stack",
@@ -41,7 +43,6 @@ __all__ = [
     "record_at",
     "run_parallel",
     "set_integer",
-    "wait_for_tasks",
 ]
 
 LINE = 128  # bytes; two lines, because some CPUs fetch them in pairs
@@ -282,24 +283,6 @@ def phase_part(plan_type, state_type, run_share):
 def next_task(counters):
     """Return the number of a task that no other thread has."""
     return _add_atomic(counters, 1)
-
-
-@lazy
-def finish_task(counters):
-    """Report a task as done."""
-    _add_atomic(counters + LINE, 1)
-
-
-@lazy
-def wait_for_tasks(counters, count):
-    """Return once that many tasks are done."""
-    looked = 0
-    while _load_atomic(counters + LINE) < count:
-        looked += 1
-        if looked & (SPINS_BEFORE_YIELD - 1):
-            _pause()
-        else:
-            _yield_core()
 
 
 def _call(builder, address, args):

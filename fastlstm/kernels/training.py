@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -11,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlstm import threads
-from fastlstm.kernels.backward import DOWN_DEPTH, PLAN, TABLES, TABLES_AT, backward_kernel
-from fastlstm.kernels.call import address
+from fastlstm.kernels.backward import DOWN_DEPTH, PLAN, TABLES, TABLES_AT, backward_kernel, sums_kernel
+from fastlstm.kernels.call import address, bind
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.gradient_tile import (
     FEW_COLUMNS,
@@ -26,10 +27,10 @@ from fastlstm.kernels.gradient_tile import (
     retrace_kernel,
     turn_kernel,
 )
-from fastlstm.kernels.network import Course, Network, Sizes, choose_strategy, deal_rows, lying
+from fastlstm.kernels.network import MIN_FULL, Course, Network, Sizes, Strategy, choose_strategy, deal_rows, lying, pays
 from fastlstm.kernels.panels import Packing, natural_panel
 from fastlstm.kernels.product import SERIAL_WORK, Product
-from fastlstm.kernels.region import Prepared
+from fastlstm.kernels.region import Prepared, Run
 from fastlstm.kernels.simd import target
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import GATES, KEPT, fits_squares
@@ -42,6 +43,7 @@ Array = NDArray[Any]
 CHUNK_ROWS = 256  # of d_z in a chunk, so that d_W is a product of some depth and the chunk stays in cache
 LARGE_GRADIENTS = 4 << 20  # bytes of d_W that had better not be read at every chunk
 LARGE_CHUNK_ROWS = 512
+SMALL_GRADIENTS = 256 << 10  # bytes of d_W up to which each half of the rows has sums of its own
 KEPT_WAYS = 4
 NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"
 KEPT_SPACE, KEPT_ROOM = 32 << 20, 64 << 20  # bytes of a scratch and of a tape that are left to the next call
@@ -76,13 +78,17 @@ EVERY_ROW = Rows(None, None, None, None, None)
 
 
 class Way:
-    """How some steps of one direction are run forward and backward, and the scratch that a backward has left."""
+    """How some steps of one direction are run forward and backward, and the scratch that a backward has left.
 
-    __slots__ = ("course", "idle")
+    threads : for this direction and those beside it.
+    halves : of how many parts of the rows each has sums of its own.
+    """
 
-    def __init__(self, course: Course) -> None:
-        self.course = course
-        self.idle: dict[int, BackwardSpace] = {}  # by threads; one of them
+    __slots__ = ("course", "halves", "idle", "threads")
+
+    def __init__(self, course: Course, threads: int, halves: int) -> None:
+        self.course, self.threads, self.halves = course, threads, halves
+        self.idle: dict[tuple[int, int], BackwardSpace] = {}  # by ranks and half
 
 
 @dataclass(slots=True, eq=False)
@@ -161,13 +167,16 @@ class Direction:
         Whether it runs from the last step to the first.
     fixed : bool
         Whether arrays of weights never change; else they are packed as soon as they are seen.
+    beside : int
+        How many directions the layer has, which are run beside each other.
     """
 
-    def __init__(self, params: Mapping[str, Array], suffix: str, reverse: bool, fixed: bool) -> None:
-        self.reverse, self.fixed = reverse, fixed
+    def __init__(self, params: Mapping[str, Array], suffix: str, reverse: bool, fixed: bool, beside: int) -> None:
+        self.reverse, self.fixed, self._beside = reverse, fixed, beside
         shapes = {name: params[name + suffix].shape for name in NAMES if name + suffix in params}
         self.dtype = params["weight_ih" + suffix].dtype
         self.projected = "weight_hr" in shapes
+        self._weights = sum(math.prod(shape) for shape in shapes.values())
         self.makers = [(name + suffix, maker(shape, self.dtype)) for name, shape in shapes.items()]
         """The name of each weight, and what makes room for its gradient."""
         self._names = [name + suffix for name in NAMES]
@@ -177,103 +186,145 @@ class Direction:
         self.zeros = np.zeros(max(J, self.I), self.dtype)
         ramp = np.arange(J, dtype=np.int64)
         self.ramp_i, self.ramp_p, self.ramp_h = ramp * self.I, ramp * self.P, ramp[: self.P] * self.H
-        self._chunk_rows = _chunk_rows(J * (self.I + self.P) * self.dtype.itemsize)
+        gradients = J * (self.I + self.P) * self.dtype.itemsize
+        self._chunk_rows, self._small = _chunk_rows(gradients), gradients <= SMALL_GRADIENTS
         self._ways: dict[tuple[Any, ...], Way] = {}  # of calls before, for calls like them
         self._spare = Spare(KEPT_ROOM)  # of tapes
+        self._adders: list[Callable[..., Any]] = []  # of which nobody uses one
         self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, [suffix], reverse, trained=True)
         self._unpacked = fixed and not self.projected and fits_squares((self.I, self.P), self.H, self.dtype)
 
     def way(self, x: Array, out: Array, lengths: Array | None) -> Way:
         """Return how steps of the size of x (T, N, I) are run; x and out as in `Steps`."""
-        count = threads.get_num_threads()
         T, N, _ = x.shape
-        how = None if lengths is None else choose_strategy(self.network, N, T, count, lengths)
-        key = T, N, x.strides, out.strides, count, how
+        how = None if lengths is None else self._choose(T, N, lengths)
+        key = T, N, x.strides, out.strides, threads.get_num_threads(), how
         way = self._ways.get(key)
         if way is None:
-            how = how or choose_strategy(self.network, N, T, count, None)
+            strategy, count = how or self._choose(T, N, None)
             if len(self._ways) >= KEPT_WAYS:
                 self._ways.clear()
-            way = self._ways[key] = Way(Course(T, N, lying(x, out), how, T * N == 1 and self._unpacked))
+            course = Course(T, N, lying(x, out), strategy, T * N == 1 and self._unpacked)
+            way = self._ways[key] = Way(course, count, self.halves(N, lengths is None))
         return way
 
-    def chunk_steps(self, N: int) -> int:
+    def _choose(self, T: int, N: int, lengths: Array | None) -> tuple[Strategy, int]:
+        """Return how steps are run, and how many threads there are for them and the directions beside them."""
+        count = threads.get_num_threads()
+        if self._beside > 1 and not pays(self.network, N, T, lengths, self._beside):
+            count = 1
+        how = choose_strategy(self.network, N, T, count // math.gcd(count, self._beside), lengths)
+        return how, min(count, how.ranks * self._beside)
+
+    def halves(self, N: int, alike: bool) -> int:
+        """Return of how many parts of the rows each has sums of its own; it must not depend on the number of threads.
+
+        Threads that share the rows of a small layer then meet once at the end, and not in each chunk. `alike`: all
+        rows take part in all steps.
+        """
+        return 2 if alike and self._small and N >= 2 * MIN_FULL else 1
+
+    def chunk_steps(self, N: int, alike: bool) -> int:
         """Return how many steps of so many rows make a chunk."""
-        return max(1, self._chunk_rows // max(1, N))
+        return max(1, self._chunk_rows // max(1, -(-N // self.halves(N, alike))))
 
     def room(self, T: int, N: int) -> Lent:
         """Return room for what the backward needs of so many steps and rows, or more."""
         return self._spare.lend(T * N * KEPT * self.H, self.dtype)
 
-    def forward(self, weights: Weights, steps: Steps, final: tuple[Array, Array]) -> None:
-        """Run some steps: writes `steps.out`, the state after them (N, P), (N, H), and what `steps.saved` has room for.
+    def forward(self, weights: Weights, steps: Steps, final: tuple[Array, Array]) -> Run:
+        """Return the run of some steps: writes `steps.out`, the state after them (N, P), (N, H), and `steps.saved`.
 
         What is saved lies as the forward's plan says.
         """
-        rows = steps.rows
+        rows, way = steps.rows, steps.way
         room = None if steps.saved is None else steps.saved.array
-        panels, unpacked = None, weights.as_they_are if steps.way.course.unpacked else ()
+        panels, unpacked = None, weights.as_they_are if way.course.unpacked else ()
         if not unpacked:
             panels = weights.packed().panels
-        self.network.run(
-            steps.way.course, panels, steps.x, steps.out, steps.state, final,
-            rows.order, rows.lengths, rows.reset, room, unpacked,
+        return self.network.recording(
+            way.course, panels, steps.x, steps.out, steps.state, final,
+            rows.order, rows.lengths, rows.reset, room, unpacked, way.threads,
         )  # fmt: skip
 
-    def forward_again(self, weights: Weights, steps: Steps, x: Array) -> Lent:
-        """Run some steps a second time, for what the backward needs alone."""
+    def forward_again(self, weights: Weights, steps: Steps, x: Array) -> tuple[Lent, Run]:
+        """Return room for what the backward needs of some steps, and the run that computes it a second time."""
         course = steps.way.course
         out, way = np.empty_like(steps.out), steps.way
         if out.strides != steps.out.strides:  # of one of two directions
-            way = Way(Course(course.T, course.N, lying(x, out), course.how, course.unpacked))
+            way = Way(Course(course.T, course.N, lying(x, out), course.how, course.unpacked), way.threads, way.halves)
         saved = self.room(course.T, course.N)
         final = np.empty((course.N, self.P), self.dtype), np.empty((course.N, self.H), self.dtype)
-        self.forward(weights, Steps(steps.first, steps.last, x, out, steps.state, steps.rows, way, saved), final)
-        return saved
+        again = Steps(steps.first, steps.last, x, out, steps.state, steps.rows, way, saved)
+        return saved, self.forward(weights, again, final)
+
+    def more(self, way: Way) -> Array | None:
+        """Return room for the gradients of the second half of the rows, where it has sums of its own."""
+        return None if way.halves == 1 else np.empty(self._weights, self.dtype)
+
+    def add_more(self, d_w: Mapping[str, Array], more: Array | None) -> None:
+        """Add these to the gradients of the first half, once all are there."""
+        if more is None:
+            return
+        try:
+            add = self._adders.pop()
+        except IndexError:
+            add = bind(np.array([entry(sums_kernel, self.dtype), *[0] * 6, GATES * self.H, self.I, self.P, self.H]))
+        add(*[d_w.get(name) for name in self._names], more)
+        self._adders[:] = [add]
 
     def backward(
         self, weights: Weights, steps: Steps, x: Array, saved: Lent, d_out: Array | None,
-        d_state: tuple[Array | None, Array | None], d_initial: tuple[Array, Array], d_x: Array, add_x: bool,
-        d_w: Mapping[str, Array], add_w: bool,
-    ) -> None:  # fmt: skip
-        """Take some steps backward.
+        d_state: tuple[Array | None, Array | None], d_initial: tuple[Array, Array], d_x: Array,
+        d_w: Mapping[str, Array], more: Array | None, first: bool = True,
+    ) -> list[Run]:  # fmt: skip
+        """Return the runs that take some steps backward.
 
         x, saved : of the forward.  d_out : (T, N, P); d_state : (N, P), (N, H), of the state after them.
         d_initial : out (N, P), (N, H), of the state before.  d_x : out (T, N, I).
-        d_w : out, gradients by the names of the weights.  add_x, add_w : whether to add to what is there.
+        d_w : out, gradients by the names of the weights.  more : as `more` gives it.
+        first : whether they are the first that write these gradients; else they add to them.
         """
         rows, way = steps.rows, steps.way
-        ranks = min(way.course.how.ranks, threads.get_num_threads())
-        space = way.idle.pop(ranks, None) or self._space(way.course, ranks, rows.lengths is None)
+        count = min(way.threads, threads.get_num_threads())
+        ranks = 1 if count == 1 else count // math.gcd(count, self._beside * way.halves)
         packed = None if way.course.unpacked else weights.packed()  # held while its panels are read
         matrices = (*weights.as_they_are[:2], None) if packed is None else packed.natural
-        space.lay_out(d_out, d_x, rows.reset, add_x, add_w, packed is None)
         w_ih, w_hh, b_ih, b_hh, w_hr = self._names
-        space.run(
+        arrays = (
             x, steps.out, saved.array, *matrices, *steps.state,
             d_out, *d_state, *d_initial, d_x,
             d_w[w_ih], d_w[w_hh], d_w.get(b_ih), d_w.get(b_hh), d_w.get(w_hr),
-            rows.order, rows.lengths, rows.places, rows.active, rows.reset,
+            *rows, more,
         )  # fmt: skip
-        if space.nbytes <= KEPT_SPACE:
-            way.idle = {ranks: space}
 
-    def _space(self, course: Course, ranks: int, alike: bool) -> BackwardSpace:
-        """Return the scratch and the plan of a backward of steps like these; `alike`: always of all rows."""
+        runs: list[Run] = []
+        for half in range(way.halves):
+            key = ranks, half
+            space = way.idle.pop(key, None) or self._space(way, ranks, rows.lengths is None, half)
+            space.lay_out(d_out, d_x, rows.reset, not first, packed is None)
+            runs.append((space, arrays, count, packed, (way.idle, key) if space.keeps else None))
+        return runs
+
+    def _space(self, way: Way, ranks: int, alike: bool, half: int) -> BackwardSpace:
+        """Return the scratch and the plan of a backward of one half of such rows; `alike`: always of all of these."""
+        course, halves = way.course, way.halves
         T, N, units_apart = course.T, course.N, course.how.shares > 1
+        row0, rows = N * half // halves, N * (half + 1) // halves - N * half // halves
         slices, groups = 1, course.how.groups
         if alike:
-            slices = -(-N // self._chunk_rows)
-        if slices > 1:
-            groups = -(-groups // (slices * ranks)) * ranks
+            slices = -(-rows // self._chunk_rows)
+        if slices * halves > 1:
+            groups = -(-groups // (slices * halves * ranks)) * ranks
         I, P, H, size = self.I, self.P, self.H, self.dtype.itemsize
-        chunk = self.chunk_steps(N)
-        most = min(chunk, T) * -(-N // slices)
+        chunk = self.chunk_steps(N, alike)
+        most = min(chunk, T) * -(-rows // slices)
         projected = int(self.projected)
         dots = I <= FEW_COLUMNS
-        single = alike and not projected and not units_apart and groups * slices >= N
+        single = alike and not projected and not units_apart and groups * slices >= rows
         parts = {
-            "d_h": N * P * size, "d_c": N * H * size, "d_m": projected * N * H * size, "d_z": most * GATES * H * size,
+            "d_h": rows * P * size, "d_c": rows * H * size, "d_m": projected * rows * H * size,
+            "d_z": most * GATES * H * size,
             "m": projected * most * H * size, "d_h_out": projected * most * P * size,
             "left_h": projected * most * LEFT * -(-P // LEFT) * size,
             "panel_h": most * _padded(P, self.dtype) * size,
@@ -281,7 +332,8 @@ class Direction:
             "w_ih_t": dots * I * GATES * H * size,
         }  # fmt: skip
         plan = {
-            "T": T, "N": N, "P": P, "H": H, "reverse": int(self.reverse), "projected": projected, "parts": GATES,
+            "T": T, "N": N, "row0": row0, "rows": rows,
+            "P": P, "H": H, "reverse": int(self.reverse), "projected": projected, "parts": GATES,
             "zeros": address(self.zeros), "cell": entry(cell_kernel, self.dtype),
             "add": entry(add_kernel, self.dtype) if projected else 0,
             "dots": entry(dots_kernel, self.dtype) if dots else 0,
@@ -291,7 +343,10 @@ class Direction:
             "ramp_p": address(self.ramp_p), "ramp_h": address(self.ramp_h),
         }  # fmt: skip
         plan |= {name: stride // size for name, stride in zip(LAYOUT[:4], course.strides, strict=True)}
-        return BackwardSpace(plan, parts, ranks, most, (GATES * H, I), self.dtype, self.ramp_i, alike)
+        space = BackwardSpace(plan, parts, ranks, most, (GATES * H, I), self.dtype, self.ramp_i, alike)
+        for key in [key for key in way.idle if key[0] != ranks]:  # of another number of threads
+            way.idle.pop(key, None)
+        return space
 
 
 def _padded(columns: int, dtype: np.dtype[Any]) -> int:
@@ -317,7 +372,8 @@ class BackwardSpace(Prepared):
             "counters": (2 + 2 * ranks) * LINE, "scratch": ranks * scratch_rank,
             "left_z": most * LEFT * -(-J // LEFT) * dtype.itemsize,
             "panel_x": most * _padded(I, dtype) * dtype.itemsize,
-            "x_from": most * 8, "h_from": most * 8, "z_from": most * 8, "d_x_to": most * 8, "ramp_z": most * 8,
+            "x_from": most * 8, "h_from": most * 8, "z_from": most * 8, "d_x_to": most * 8, "k_of": most * 8,
+            "ramp_z": most * 8,
         }  # fmt: skip
         offsets, total = {}, 0
         for name, count in parts.items():
@@ -334,24 +390,25 @@ class BackwardSpace(Prepared):
             "ramp_left": address(_ramp_left), "turn": entry(turn_kernel, dtype),
         }  # fmt: skip
         values |= plan | {name: base + offset for name, offset in offsets.items()}
-        self.nbytes = total
+        for name, line in ("d_h", values["P"]), ("d_c", values["H"]), ("d_m", values["H"]):
+            values[name] -= values["row0"] * line * dtype.itemsize  # rows count in the batch
+        self.keeps = total <= KEPT_SPACE
         self._laid_out: tuple[Any, ...] = ()
         self._kept = ramp
         super().__init__(values.values(), self.buffer[offsets["counters"] :][: parts["counters"]], ranks, alike)
 
     def lay_out(
-        self, d_out: Array | None, d_x: Array, reset: Array | None, add_x: bool = False, add_w: bool = False,
-        as_they_are: bool = False,
-    ) -> None:  # fmt: skip
-        """Write to the plan how d_out, d_x and reset lie, whether to add to what is in d_x and the d_w, and `raw`."""
+        self, d_out: Array | None, d_x: Array, reset: Array | None, add_w: bool = False, as_they_are: bool = False
+    ) -> None:
+        """Write to the plan how d_out, d_x and reset lie, whether to add to what is in the d_w, and `raw`."""
         strides = None if d_out is None else d_out.strides, d_x.strides, None if reset is None else reset.strides
-        wanted = strides, add_x, add_w, as_they_are
+        wanted = strides, add_w, as_they_are
         if wanted == self._laid_out:
             return
         of_d_out, of_d_x, of_reset = (found or (0, 0) for found in strides)
         numbers = [stride // d_x.itemsize for stride in (*of_d_out[:2], *of_d_x[:2])]
         first = PLAN_FIELDS.index(LAYOUT[4])
-        self.plan[first : first + 9] = *numbers, *of_reset, *wanted[1:]
+        self.plan[first : first + 8] = *numbers, *of_reset, *wanted[1:]
         self._laid_out = wanted
 
 
@@ -377,7 +434,7 @@ class LinearGradients:
         chunk = _chunk_rows(d_weight.nbytes)
         ranks = threads.get_num_threads() if len(x) * d_weight.size > SERIAL_WORK else 1
         plan = {
-            "T": len(x), "N": 1, "reverse": 1, "linear": 1, "parts": 1, "chunk": chunk, "d_z": address(d_y),
+            "T": len(x), "N": 1, "rows": 1, "reverse": 1, "linear": 1, "parts": 1, "chunk": chunk, "d_z": address(d_y),
             "x_step": I,
         }  # fmt: skip
         space = BackwardSpace(plan, {}, ranks, min(chunk, len(x)), (len(d_weight), I), x.dtype, self._ramp)
