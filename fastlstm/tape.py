@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastlstm.checks import as_array
-from fastlstm.kernels.region import Run, run_together
+from fastlstm.kernels.region import Run, run_one, run_together
 from fastlstm.kernels.training import EVERY_ROW, Direction, Rows, Steps, Weights
 from fastlstm.memory import empty
 
@@ -314,21 +314,24 @@ def _record_alike(lstm: LSTM, layers: list[list[Weights]], call: Call, owned: bo
     shape = given.shape
     output = empty((*shape[:-1], P), dtype)
     h_n, c_n = np.empty((L, N, P), dtype), np.empty((L, N, lstm.hidden_size), dtype)
-    x = _time_major(lstm, given, batched)
+    as_it_is = batched and not lstm.batch_first
+    x = given if as_it_is else _time_major(lstm, given, batched)
     recorded: list[tuple[Weights, Steps, Any]] = []
     states, finals = ([(h_0, c_0)], [(h_n, c_n)]) if L == 1 else (_by_layer(h_0, c_0, L), _by_layer(h_n, c_n, L))
     for k, (weights,) in enumerate(layers):
         direction = weights.direction
-        y = empty((T, N, P), dtype) if k < L - 1 else _time_major(lstm, output, batched)
+        y = output if as_it_is else _time_major(lstm, output, batched)
+        if k < L - 1:
+            y = empty((T, N, P), dtype)
         saved = direction.room(T, N)
         steps = Steps(0, T, x, y, states[k], EVERY_ROW, direction.way(x, y, None), saved)
-        run_together([direction.forward(weights, steps, finals[k])])
+        run_one(direction.forward(weights, steps, finals[k]))
         recorded.append((weights, steps, saved))
         x = y
 
     def backward(d_output: object, d_state: object) -> Gradients:
         d_out = _check_d_output(lstm, d_output, output.shape)
-        if d_out is not None:
+        if d_out is not None and not as_it_is:
             d_out = _time_major(lstm, d_out, batched)
         d_h_n, d_c_n = lstm._check_state(d_state, N, batched, "d_state", ("d_h_n", "d_c_n"))
         d_h_0, d_c_0, d_x = np.empty(h_n.shape, dtype), np.empty(c_n.shape, dtype), empty(shape, dtype)
@@ -341,10 +344,16 @@ def _record_alike(lstm: LSTM, layers: list[list[Weights]], call: Call, owned: bo
             direction, x = weights.direction, steps.x
             for name, make in direction.makers:
                 d_w[name] = make()
-            to = empty(x.shape, dtype) if k else _time_major(lstm, d_x, batched)
+            to = d_x if as_it_is else _time_major(lstm, d_x, batched)
+            if k:
+                to = empty(x.shape, dtype)
             more = direction.more(steps.way)
-            run_together(direction.backward(weights, steps, x, saved, d_out, finals[k], initials[k], to, d_w, more))
-            direction.add_more(d_w, more)
+            runs = direction.backward(weights, steps, x, saved, d_out, finals[k], initials[k], to, d_w, more)
+            if more is None:
+                run_one(runs[0])
+            else:
+                run_together(runs)
+                direction.add_more(d_w, more)
             d_out = to
         state = (d_h_0, d_c_0) if batched else (d_h_0[:, 0], d_c_0[:, 0])
         return Gradients(d_x, state, d_w if L == 1 else {name: d_w[name] for name in lstm._params})

@@ -277,9 +277,10 @@ class Network:
         saved : what the plan says, rows in that order, written for the backward.
         weights : W_ih, W_hh and perhaps b_ih, b_hh, where the course reads them as they are, instead of panels.
         """
-        space = self._space(course, saved is not None, order, lengths, reset)
+        recorded = saved is not None
+        space = self._space(course, recorded, order, lengths, reset)
         arrays = (x, out, *state_out, *state_in, None if panels is None else panels.array, saved, *weights)
-        home = (course.idle, space.recorded) if space.keeps and reset is None else None
+        home = (course.idle, recorded) if space.keeps and reset is None else None
         return space, arrays, count, panels, home
 
     def _space(

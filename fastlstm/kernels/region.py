@@ -23,7 +23,7 @@ from fastlstm.kernels.compile import compiling, entry, parallel_region
 from fastlstm.kernels.team import LINE, call_kernel, claim, integer_at, record, run_parallel
 from fastlstm.memory import aligned
 
-__all__ = ["Prepared", "Run", "run_region", "run_together"]
+__all__ = ["Prepared", "Run", "run_one", "run_region", "run_together"]
 
 Array = NDArray[Any]
 
@@ -209,23 +209,31 @@ class _Sides(Prepared):
         super().__init__(numbers, counters, count, alike)
 
 
+def run_one(run: Run) -> None:
+    """Run a plan."""
+    prepared, arrays, _, _, home = run
+    prepared.run(*arrays)
+    if home is not None:
+        idle, key = home
+        idle[key] = prepared
+
+
 def run_together(runs: Sequence[Run]) -> None:
     """Run plans that need nothing of each other: side by side, if they are alike in ranks and threads."""
-    first, arrays, count, _, _ = runs[0]
-    if len(runs) == 1:
-        first.run(*arrays)
-    elif count == 1 or any((prepared.ranks, others) != (first.ranks, count) for prepared, _, others, _, _ in runs):
-        for prepared, arrays, *_ in runs:
-            prepared.run(*arrays)
-    else:
-        sides, size = first.sides, (len(runs), first.ranks, count)
-        if sides is None or sides.size != size:
-            sides = first.sides = _Sides(*size, first.alike)
-        for n, (prepared, arrays, *_) in enumerate(runs):
-            prepared.place(*arrays)
-            sides.table[n] = address(prepared.plan)
-        sides.place()
-        sides.run()
+    first, _, count, _, _ = runs[0]
+    alike = all((prepared.ranks, others) == (first.ranks, count) for prepared, _, others, _, _ in runs)
+    if len(runs) == 1 or count == 1 or not alike:
+        for run in runs:
+            run_one(run)
+        return
+    sides, size = first.sides, (len(runs), first.ranks, count)
+    if sides is None or sides.size != size:
+        sides = first.sides = _Sides(*size, first.alike)
+    for n, (prepared, arrays, *_) in enumerate(runs):
+        prepared.place(*arrays)
+        sides.table[n] = address(prepared.plan)
+    sides.place()
+    sides.run()
     for prepared, _, _, _, home in runs:
         if home is not None:
             idle, key = home
