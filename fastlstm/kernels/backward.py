@@ -1,14 +1,18 @@
 """The sequence, backward: one direction of one layer, from the gradients of its results to those of all it was given.
 
-The steps run against the forward's order, a *chunk* of them at a time.  Within a chunk
+The steps run against the forward's order, a *chunk* of them at a time.  Of a chunk are made
 
-    STEPS      d_z of every step, into one buffer for the chunk: the cell's gradient and d_h = d_z W_hh
-    PACK       the chunk's rows of x, h and d_z as panels
-    GRADIENTS  d_W += d_z^T [x h] and d_x = d_z W_ih, as large products
+    steps      d_z of every step, into one buffer for the chunk: the cell's gradient and d_h = d_z W_hh
+    panels     of the chunk's rows of x, h and d_z
+    gradients  d_x = d_z W_ih and d_W += d_z^T [x h], as large products
 
-and between them the thread team meets.  Row `k` of a chunk counts its steps and, in a step, the rows in the order of
-falling length, so the sums over k are the same however rows and units are shared out.  STEPS is shared out like the
-forward: by groups of rows, each through all steps of the chunk, or by units, where each step is a phase of its own.
+It is shared out like the forward.  Where each thread takes groups of rows through all steps of the chunk, it packs
+them and makes their d_x as well, as long as they are in its cache (STEPS); the team meets before d_W (GRADIENTS), which
+is shared out by rows of W, and after it.  Where the units are shared out, each step is a phase of its own (UNITS), and
+panels (PACK) and d_x are shared out by rows.
+
+Row `k` of a chunk counts its steps and, in a step, the rows in the order of falling length, so the sums over k are the
+same however rows and units are shared out.  What is not summed lies in *slots*: one group's rows after the other's.
 """
 
 from __future__ import annotations

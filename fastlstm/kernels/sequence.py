@@ -3,7 +3,8 @@
 A *span* is what runs as one time loop: all layers of a one-directional network, a chunk of steps at a time, or one
 layer of a bidirectional one.  There are two ways to share it out, with the same bits:
 
-rows   each thread takes whole groups of rows (and one direction) through a span; no thread waits for another.
+rows   each thread takes whole groups of rows (and one direction) through a span, first those that it takes in every
+       call, which are in its cache; no thread waits for another.
 units  each step is a phase of the thread team, and each thread owns a range of blocks, so that its part of the weights
        stays in its own cache: for few rows and large layers.
 

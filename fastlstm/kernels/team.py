@@ -4,9 +4,9 @@ Work is cut into *phases* and each phase into *shares*.  A thread claims its own
 in its own cache, and then whatever nobody has claimed: one thread alone still finishes, so a threading layer that
 starts fewer threads than asked for, or runs them one after the other, cannot hang the call.
 
-The counters of a call are int64, each on a cache line of its own: the tasks taken and the tasks done, or for each share
-the phases that were claimed of it and the phases that are done.  A thread polls the line of a share that only its
-finisher writes, so that a phase costs one transfer between two caches.
+The counters of a call are int64, each on a cache line of its own: the tasks taken, where it does not matter who takes
+which, or for each share the phases that were claimed of it and the phases that are done.  A thread polls the line of a
+share that only its finisher writes, so that a phase costs one transfer between two caches.
 """
 
 from __future__ import annotations
