@@ -114,7 +114,7 @@ def _time_major(lstm: LSTM, array: Array, batched: bool) -> Array:
 class _Recording:
     """A recorded call of an LSTM.
 
-    Layers are computed one by one over all steps, their two directions one after the other.  What is kept of a unit and
+    Layers are computed one by one over all steps, their two directions side by side.  What is kept of a unit and
     step is its output and, but for checkpoints, five numbers more.
     """
 
@@ -225,7 +225,8 @@ class _Recording:
             d_x = empty(shape, lstm.dtype)
             to = d_x if k else self._time_major(d_x)
             x = self._drop(self.between[k - 1], k - 1) if k and self.masks else None
-            passes, of_x = [], [to, *(np.empty(to.shape, to.dtype) for _ in range(1, D))]
+            # A d_x for each direction: they run side by side, and what is added must not depend on who is first.
+            passes, of_x = [], [to, *(empty(to.shape, to.dtype) for _ in range(1, D))]
             for d, weights in enumerate(self.weights[k]):
                 index = k * D + d
                 d_w |= (of_w := {name: make() for name, make in weights.direction.makers})
@@ -234,8 +235,8 @@ class _Recording:
                 initial = d_h_0[index], d_c_0[index]
                 passes.append(self._backward(weights, self.layers[k][d], x, part, final, initial, of_x[d], of_w))
             _run_side_by_side(passes)
-            for more in of_x[1:]:
-                to += more
+            for other in of_x[1:]:
+                to += other
             d_out = to
             if k and lstm.dropout:
                 d_out = self._drop(to, k - 1)
@@ -256,32 +257,33 @@ class _Recording:
                 array[...] = 0
             for to, end in zip(d_initial, d_state, strict=True):
                 to[...] = 0 if end is None else end
-        more = direction.more(segments[-1].way) if segments else None
+        second = direction.second(segments[-1].way) if segments else None
         for steps in reversed(segments):
             first, last = steps.first, steps.last
             x_part = steps.x if x is None else x[first:last]
             saved = steps.saved
             if saved is None:
                 saved, again = direction.forward_again(weights, steps, x_part)
-                yield [again]
-                del again  # what it holds is as large
+                yield again
             part = None if d_out is None else d_out[first:last]
-            begins = steps is segments[-1]
+            add_w = steps is not segments[-1]
             yield direction.backward(
-                weights, steps, x_part, saved, part, d_state, d_initial, d_x[first:last], d_w, more, begins
+                weights, steps, x_part, saved, part, d_state, d_initial, d_x[first:last], d_w, second, add_w
             )
             del saved  # so that its memory serves the next segment
             if steps.cut is not None:
                 d_initial[0][steps.cut], d_initial[1][steps.cut] = 0, 0
             if steps is not segments[0]:
                 d_state = d_initial[0].copy(), d_initial[1].copy()
-        direction.add_more(d_w, more)
+        direction.add_second(d_w, second)
 
 
 def _run_side_by_side(passes: list[Iterator[list[Run]]]) -> None:
     """Take the directions of a layer through their segments."""
     for together in zip(*passes, strict=True):
         run_together([run for runs in together for run in runs])
+        for runs in together:
+            runs.clear()  # what they hold makes room for the next segment's
 
 
 def _check_d_output(lstm: LSTM, d_output: object, shape: tuple[int, ...]) -> Array | None:
@@ -347,13 +349,9 @@ def _record_alike(lstm: LSTM, layers: list[list[Weights]], call: Call, owned: bo
             to = d_x if as_it_is else _time_major(lstm, d_x, batched)
             if k:
                 to = empty(x.shape, dtype)
-            more = direction.more(steps.way)
-            runs = direction.backward(weights, steps, x, saved, d_out, finals[k], initials[k], to, d_w, more)
-            if more is None:
-                run_one(runs[0])
-            else:
-                run_together(runs)
-                direction.add_more(d_w, more)
+            second = direction.second(steps.way)
+            run_together(direction.backward(weights, steps, x, saved, d_out, finals[k], initials[k], to, d_w, second))
+            direction.add_second(d_w, second)
             d_out = to
         state = (d_h_0, d_c_0) if batched else (d_h_0[:, 0], d_c_0[:, 0])
         return Gradients(d_x, state, d_w if L == 1 else {name: d_w[name] for name in lstm._params})

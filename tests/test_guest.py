@@ -273,6 +273,32 @@ assert any(all((part == whole).all() for part, whole in zip(stream.state, state)
     run(code, FASTLSTM_NUM_THREADS=threads)
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers here")
+def test_an_interrupted_call_ends(threading_layer: str) -> None:
+    code = """
+import signal, time
+import numba
+lstm, x = fastlstm.LSTM(64, 128, rng=0), np.ones((600, 64, 64), np.float32)
+fastlstm.set_num_threads(2)
+expected = lstm(x)[0].tobytes()
+def interrupt(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+interrupted = 0
+for delay in (0.005, 0.01, 0.02, 0.03):
+    signal.setitimer(signal.ITIMER_REAL, delay)
+    try:
+        while True:
+            lstm(x)
+    except KeyboardInterrupt:
+        interrupted += 1
+assert interrupted == 4
+assert lstm(x)[0].tobytes() == expected
+print(numba.threading_layer())
+"""
+    assert run(code, NUMBA_THREADING_LAYER=threading_layer, NUMBA_NUM_THREADS="2").split() == [threading_layer]
+
+
 # Fork and spawn
 
 CHILD = """

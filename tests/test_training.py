@@ -1664,6 +1664,18 @@ def test_checkpoints_take_a_fraction_of_the_memory() -> None:
         assert peak < x + 3e6  # d_x, and a chunk
 
 
+def test_segments_have_one_room_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where a room is too large to be kept for the next."""
+    monkeypatch.setattr("fastlstm.kernels.training.KEPT_ROOM", 0)
+    training = draw_training(Case(T=96, N=40, H=64, D=2))
+    tape = training.record(checkpoint_every=1)
+    room = 2 * 12 * 40 * 5 * 64 * 4  # of both directions, 12 steps to a segment
+    gradients, _, peak = traced(partial(training.backward, tape))
+    assert gradients["x"].shape == training.problem.x.shape
+    _, _, scratch = traced(partial(training.backward, draw_training(Case(T=12, N=40, H=64, D=2)).record()))
+    assert peak < scratch + 1.9 * room
+
+
 def test_nothing_leaks() -> None:
     """200 recorded calls and their gradients, errors among them; 1 KB a call would be seen."""
     training = draw_training(FULL, dropout=0.5)
@@ -1858,6 +1870,32 @@ def same(**more):
 """
 )
 TWO = {"FASTLSTM_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
+
+
+def test_threads_that_differ_in_their_number_of_threads_share_what_is_idle() -> None:
+    """Scratch of another number of threads is given up while others take and leave theirs."""
+    code = """
+import time
+lstm = fastlstm.LSTM(3, 4, bidirectional=True, rng=0)
+x, d_output = np.ones((2, 24, 3), np.float32), np.ones((2, 24, 8), np.float32)
+network.PARALLEL_WORK = 1000
+fastlstm.set_num_threads(2)
+sys.setswitchinterval(1e-6)
+expected = lstm.record(x).backward(d_output).params["weight_hh_l0"].tobytes()
+end, wrong = time.monotonic() + 5, []
+def work():
+    try:
+        while time.monotonic() < end and not wrong:
+            if lstm.record(x).backward(d_output).params["weight_hh_l0"].tobytes() != expected:
+                wrong.append("bits")
+    except Exception as error:
+        wrong.append(repr(error))
+crowd = [threading.Thread(target=work) for _ in range(16)]
+[one.start() for one in crowd]
+[one.join() for one in crowd]
+assert not wrong, wrong
+"""
+    run_python(START + code, **TWO)
 
 
 def test_eight_threads_train_one_layer_at_once(threading_layer: str) -> None:

@@ -46,7 +46,7 @@ DOWN_DEPTH = 256  # rows of a chunk in one sum: 128 gives 90% of peak, 256 94%
 # What one call is about, written by `training.py`.  Addresses in bytes, all else in numbers.
 PLAN = record(
     "kernel",
-    # from here to `more` the arrays of a call, in the order in which they are given
+    # from here to `second` the arrays of a call, in the order in which they are given
     "x", "out",  # (T, N, I), (T, N, P), the forward's input and output
     "saved",  # of the forward: the gates (T, N, 4H) and c' (T, N, H)
     "w_ih", "w_hh", "w_hr",  # natural panels
@@ -58,7 +58,7 @@ PLAN = record(
     "d_w_ih", "d_w_hh", "d_bias", "d_bias_hh", "d_w_hr",  # (4H, I), (4H, P), (4H,) twice the same, (P, H), out
     "order", "lengths", "places", "active",  # (N,), (N,), (N,): a row's place by falling length; (T,): rows of a step
     "reset",  # bytes (T, N); 0: none
-    "more",  # room for the gradients of a second half of the rows, which is a call of its own; 0: the rows are not cut
+    "second",  # room for the gradients of the weights of a second half of the rows, a call of its own; 0: not halved
     # from here to `raw` how they lie, in steps and rows, and whether to add to what is in the d_w
     "x_step", "x_row", "out_step", "out_row", "d_out_step", "d_out_row", "d_x_step", "d_x_row",
     "reset_step", "reset_row", "add_w",
@@ -74,22 +74,23 @@ PLAN = record(
     "units_apart",  # 1: the units are shared out; 0: the rows
     "slices",  # of a large batch, one after the other
     "groups", "ranks", "shares", "counters",  # groups in each slice
-    "ramp_z", "ramp_i", "ramp_p", "ramp_h", "ramp_left",  # tables of k * 4H, j * I, j * P, j * H, k * LEFT
+    "ramp_z", "ramp_i", "ramp_p", "ramp_h", "ramp_left",  # tables of slot * 4H, j * I, j * P, j * H, k * LEFT
     "w_ih_t",  # (I, 4H), for `dots`
     "d_h", "d_c",  # (N, P), (N, H): what is passed on to the step before
-    "d_z", "m", "d_m", "d_h_out",  # (most, 4H), (most, H), (N, H), (most, P)
-    "left_z", "left_h", "panel_x", "panel_h", "panel_m",  # panels of the chunk
+    "d_z", "m", "d_m", "d_h_out",  # (most, 4H), (most, H), (N, H), (most, P), by slot where they have `most` rows
+    "left_z", "left_h", "panel_x", "panel_h", "panel_m",  # panels of the chunk, by k
     "x_from", "h_from", "z_from", "d_x_to", "k_of",  # tables (most,) of each slot: addresses, offsets, and its k
     "scratch", "scratch_rank",  # for each rank: a STATE, room for `turn` and tables (N,)
 )  # fmt: skip
 
-SUMS = record("kernel", "d_w_ih", "d_w_hh", "d_bias", "d_bias_hh", "d_w_hr", "more", "J", "I", "P", "H")
+# What adds the gradients of a second half of the rows to those of the first: addresses, and the sizes.
+SUMS = record("kernel", "d_w_ih", "d_w_hh", "d_bias", "d_bias_hh", "d_w_hr", "second", "J", "I", "P", "H")
 
 STATE = record(
     "rank", "shares", "phase", "impatient", "kind",
     "first", "last",  # rows of the slice
     "done", "steps", "j", "base",  # steps of earlier chunks, steps of this one, the step, rows of the chunk before it
-    "slot",  # the first of the step's rows
+    "slot",  # of the next row of the group
     "rows",  # of the chunk
 )  # fmt: skip
 LOAD, STEPS, UNITS, OUTPUTS, PACK, GRADIENTS, SAVE = range(7)  # what a phase does
@@ -143,9 +144,9 @@ def backward_kernel(dtype: np.dtype):
         rest = columns % lanes
         return rest if rest <= 3 * lanes // 4 else 0
 
-    @part(i, *[i] * 15)
-    def along(tile, a, a_rows, rows, depth, parts, panel, raw, columns, block, out, out_rows, add, ahead, ahead_step):
-        """out[row, block] (+)= a[row] W for one block of columns; panel: all blocks one after the other, or W (raw).
+    @part(i, *[i] * 14)
+    def along(tile, a, a_rows, rows, depth, parts, panel, raw, columns, block, out, out_rows, ahead, ahead_step):
+        """out[row, block] = a[row] W for one block of columns; panel: all blocks one after the other, or W (raw).
 
         Returns what is to be fetched next: what is at `ahead` comes to L2, `ahead_step` numbers for each multiply-add.
         A panel that would not stay in L2 is read part by part, for all rows each: d_x of b1024 gains 20%.
@@ -170,7 +171,7 @@ def backward_kernel(dtype: np.dtype):
                 call_tile(tile, (
                     index, count, a + part_ * depth * size, a_rows + row * 8, 0, depth, together,
                     panel + (start + part_ * depth * line) * size, line,
-                    out + at * size, out_rows + row * 8, columns - at, int(add or part_ > 0), ahead, ahead_step,
+                    out + at * size, out_rows + row * 8, columns - at, int(part_ > 0), ahead, ahead_step,
                 ))  # fmt: skip
                 ahead += count * together * depth * ahead_step * size
                 row += here * count
@@ -340,7 +341,7 @@ def backward_kernel(dtype: np.dtype):
             block = first + last - 1 - nth if q.j & 1 else nth
             ahead = along(
                 p.multiply, p.d_z, table(q, p, Z_ROWS), rows, p.H, GATES, p.w_hh, p.raw, p.P, block,
-                d_h, table(q, p, H_ROWS), 0, ahead, ahead_step,
+                d_h, table(q, p, H_ROWS), ahead, ahead_step,
             )  # fmt: skip
         if p.reset:
             begin, end = columns_of(p.P, first, last)
@@ -377,7 +378,7 @@ def backward_kernel(dtype: np.dtype):
             for block in range(first, last):
                 along(
                     p.multiply, p.d_h_out, table(q, p, DH_ROWS), rows, p.P, 1, p.w_hr, 0, p.H, block,
-                    p.d_m, table(q, p, H_ROWS), 0, p.zeros, 0,
+                    p.d_m, table(q, p, H_ROWS), p.zeros, 0,
                 )  # fmt: skip
         d_c = p.d_c + row0 * p.H * size
         if not p.projected:
@@ -534,14 +535,14 @@ def backward_kernel(dtype: np.dtype):
         if p.dots and p.d_x:
             call_tile(p.dots, (
                 p.I - 1, last - first, z_at(p, q), p.ramp_z + first * 8, p.J, p.w_ih_t,
-                p.d_x, p.d_x_to + first * 8, 0,
+                p.d_x, p.d_x_to + first * 8,
             ))  # fmt: skip
         elif p.d_x:
             for block in range(count_blocks(p.I)):
                 along(
                     p.multiply, z_at(p, q), p.ramp_z + first * 8, last - first, p.J // p.parts, p.parts,
                     p.w_ih, p.raw, p.I, block,
-                    p.d_x, p.d_x_to + first * 8, 0, z_at(p, q), 0,
+                    p.d_x, p.d_x_to + first * 8, z_at(p, q), 0,
                 )  # fmt: skip
 
     @part(types.UniTuple(i, 2), state_type, i, i)
@@ -644,7 +645,7 @@ def backward_kernel(dtype: np.dtype):
     def backward(plan, rank):
         p = carray(plan, 1)[0]
         if p.row0 > 0:  # the second half
-            p.d_w_ih = p.more
+            p.d_w_ih = p.second
             p.d_w_hh = p.d_w_ih + p.J * p.I * size
             p.d_w_hr = p.d_w_hh + p.J * p.P * size
             p.d_bias = p.d_w_hr + p.P * p.H * p.projected * size if p.d_bias else 0
@@ -698,21 +699,21 @@ def sums_kernel(dtype: np.dtype):
     sums_type, numbers_at = from_dtype(SUMS), record_at(from_dtype(dtype))
 
     @part(types.int64, types.int64, types.int64, types.int64)
-    def add(total, more, count):
+    def add(total, second, count):
         """Return what lies behind those that were added."""
-        a, b = carray(numbers_at(total), count), carray(numbers_at(more), count)
+        a, b = carray(numbers_at(total), count), carray(numbers_at(second), count)
         for k in range(count):
             a[k] += b[k]
-        return more + count * size
+        return second + count * size
 
     def sums(plan, rank):
         p = carray(plan, 1)[0]
-        more = add(p.d_w_ih, p.more, p.J * p.I)
-        more = add(p.d_w_hh, more, p.J * p.P)
+        second = add(p.d_w_ih, p.second, p.J * p.I)
+        second = add(p.d_w_hh, second, p.J * p.P)
         if p.d_w_hr:
-            more = add(p.d_w_hr, more, p.P * p.H)
+            second = add(p.d_w_hr, second, p.P * p.H)
         if p.d_bias:
-            add(p.d_bias, more, p.J)
+            add(p.d_bias, second, p.J)
             copy(p.d_bias_hh, p.d_bias, p.J * size)
 
     return sums, types.void(types.CPointer(sums_type), types.int64)

@@ -24,7 +24,7 @@ from fastlstm.kernels.compile import entry
 from fastlstm.kernels.simd import I8, I64
 from fastlstm.kernels.team import call_kernel, integer_at, lazy, set_integer
 
-__all__ = ["FIRST", "address", "bind"]
+__all__ = ["address", "bind"]
 
 HEAD = object.__basicsize__
 FIRST = 1  # field of a plan that has the address of the first array; before it stands the kernel's

@@ -396,15 +396,13 @@ def _emit_pack(b: Builder, vectors: int, rows, source, offset, valid, out, line,
     b.loop(rows, one_row)
 
 
-def _emit_dots(b: Builder, columns: int, rows, a, a_rows, depth, panel, out, out_rows, add) -> None:
-    """Emit out[row] (+)= sum over k of a[row][k] * panel[column][k] for a few columns.
+def _emit_dots(b: Builder, columns: int, rows, a, a_rows, depth, panel, out, out_rows) -> None:
+    """Emit out[row] = sum over k of a[row][k] * panel[column][k] for a few columns.
 
     Each lane of a register has a sum of its own, and in the end they are added in pairs.
     a : rows at `a_rows`, `depth` numbers each.  panel : (columns, depth).  out : rows at `out_rows`.
-    add : 1 adds to what is there, 0 does not read it.
     """
     weights = [b.pointer(panel) + b.ir.mul(depth, I64(column)) for column in range(columns)]
-    there = b.ir.select(b.ir.icmp_signed("!=", add, I64(0)), I64(1), I64(0))
     whole = b.ir.sdiv(depth, I64(b.lanes))
     first = b.ir.mul(whole, I64(b.lanes))
     rest = b.ir.sub(depth, first)
@@ -426,7 +424,7 @@ def _emit_dots(b: Builder, columns: int, rows, a, a_rows, depth, panel, out, out
             while vec.lanes > 1:
                 half = vec.lanes // 2
                 vec = vec.part(0, half) + vec.part(half, half)
-            (to + column).store(vec + (to + column).load_first(1, there))
+            (to + column).store(vec)
         return []
 
     b.loop(rows, one_row)
@@ -558,7 +556,7 @@ def retrace_kernel(dtype: np.dtype):
 
 def dots_kernel(dtype: np.dtype):
     """Describe a product of few columns: of an int64 table, the columns less one and what `_emit_dots` takes."""
-    tile = kernel(dtype, "dots", 8, _emit_dots, dict(enumerate(range(1, FEW_COLUMNS + 1))))
+    tile = kernel(dtype, "dots", 7, _emit_dots, dict(enumerate(range(1, FEW_COLUMNS + 1))))
 
     def dots(table):
         tile(table)

@@ -337,7 +337,7 @@ class Workspace(Prepared):
         } | dict(values or {})  # fmt: skip
         counters = buffer[h_bytes + c_bytes : h_bytes + c_bytes + offsets["scratch"]]
         numbers = network.plan(base + h_bytes + c_bytes, offsets, how, recorded, course.unpacked, **own)
-        self.buffer, self.keeps, self.recorded = buffer, buffer.nbytes <= KEPT_SCRATCH, recorded
+        self.buffer, self.keeps = buffer, buffer.nbytes <= KEPT_SCRATCH
         super().__init__(numbers, counters, how.ranks, alike=lengths is None)
 
 

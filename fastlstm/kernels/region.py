@@ -79,8 +79,12 @@ class _Call:
         self._door = threading.Condition()
         self._inside, self._ended = 0, False
 
+    def run_alone(self) -> None:
+        """Do the work of rank 0 on the caller's thread, where an interrupt comes as the kernel returns."""
+        self._kernel(self._plan.ctypes.data, 0)
+
     def run(self, rank: int) -> None:
-        """Do the work of a rank."""
+        """Do the work of another rank on a thread of the pool, which gets no interrupts."""
         with self._door:
             if self._ended:
                 return
@@ -115,7 +119,7 @@ def _run_on_own_threads(plan: NDArray[np.int64], ranks: int) -> None:
         with suppress(RuntimeError):  # no new thread at the interpreter's exit: the caller does all shares
             for rank in range(1, ranks):
                 _pool.submit(call.run, rank)
-        call.run(0)
+        call.run_alone()
     finally:
         call.end()
 
@@ -141,15 +145,16 @@ class Prepared:
         self._pace = threads.Pace() if alike else None
         self.sides: _Sides | None = None  # what has run it together with others
         self.run_serial, self._place = bind(self.plan), bind(self.plan, run=False)
-        self.run: Callable[..., Any] = self.run_serial if ranks == 1 else self._run
-        """Run the plan with the addresses of these arrays, 0 for None, in a parallel region or on this thread."""
+        if ranks == 1:
+            self.run = self.run_serial  # type: ignore[method-assign]
 
     def place(self, *arrays: Array | None) -> None:
         """Make ready for a run with these arrays that something else starts."""
         self._counters[:] = 0
         self._place(*arrays)
 
-    def _run(self, *arrays: Array | None) -> None:
+    def run(self, *arrays: Array | None) -> None:
+        """Run the plan with the addresses of these arrays, 0 for None, in a parallel region or on this thread."""
         begun, pace = time.perf_counter_ns(), self._pace
         self._counters[:] = 0
         if pace is None or pace.allows_region(begun):
@@ -164,13 +169,14 @@ class Prepared:
             pace.note_alone(time.perf_counter_ns() - begun)
 
 
-Home = tuple[dict[Any, Any], object]
-Run = tuple[Prepared, Sequence[Array | None], int, object, Home | None]
-"""A plan to be run, a tuple because others take longer to make:
-
-the plan and its arrays; threads for it and those beside it, a multiple of its ranks; what must live until then; where
-the plan waits for the next call like this one, and under which key.
-"""
+# A plan to be run: a tuple, because others take longer to make.
+Run = tuple[
+    Prepared,
+    Sequence[Array | None],  # its arrays
+    int,  # threads, for it and those beside it: a multiple of its ranks
+    object,  # what must live until then
+    tuple[dict[Any, Any], object] | None,  # where the plan waits for the next call like this one, and under which key
+]
 
 
 # Plans that need nothing of each other, with as many ranks each.
@@ -209,32 +215,36 @@ class _Sides(Prepared):
         super().__init__(numbers, counters, count, alike)
 
 
-def run_one(run: Run) -> None:
-    """Run a plan."""
-    prepared, arrays, _, _, home = run
-    prepared.run(*arrays)
+def _leave(run: Run) -> None:
+    prepared, _, _, _, home = run
     if home is not None:
         idle, key = home
         idle[key] = prepared
 
 
+def run_one(run: Run) -> None:
+    """Run a plan."""
+    run[0].run(*run[1])
+    _leave(run)
+
+
 def run_together(runs: Sequence[Run]) -> None:
     """Run plans that need nothing of each other: side by side, if they are alike in ranks and threads."""
+    if len(runs) == 1:
+        run_one(runs[0])
+        return
     first, _, count, _, _ = runs[0]
-    alike = all((prepared.ranks, others) == (first.ranks, count) for prepared, _, others, _, _ in runs)
-    if len(runs) == 1 or count == 1 or not alike:
+    fit = all((prepared.ranks, threads_) == (first.ranks, count) for prepared, _, threads_, _, _ in runs)
+    if count == 1 or not fit:
         for run in runs:
             run_one(run)
         return
     sides, size = first.sides, (len(runs), first.ranks, count)
     if sides is None or sides.size != size:
-        sides = first.sides = _Sides(*size, first.alike)
+        sides = first.sides = _Sides(*size, all(prepared.alike for prepared, *_ in runs))
     for n, (prepared, arrays, *_) in enumerate(runs):
         prepared.place(*arrays)
         sides.table[n] = address(prepared.plan)
-    sides.place()
     sides.run()
-    for prepared, _, _, _, home in runs:
-        if home is not None:
-            idle, key = home
-            idle[key] = prepared
+    for run in runs:
+        _leave(run)
