@@ -257,7 +257,7 @@ class _Recording:
                 array[...] = 0
             for to, end in zip(d_initial, d_state, strict=True):
                 to[...] = 0 if end is None else end
-        second = direction.second(segments[-1].way) if segments else None
+        second = direction.second() if segments and segments[0].way.halved else None
         for steps in reversed(segments):
             first, last = steps.first, steps.last
             x_part = steps.x if x is None else x[first:last]
@@ -275,7 +275,8 @@ class _Recording:
                 d_initial[0][steps.cut], d_initial[1][steps.cut] = 0, 0
             if steps is not segments[0]:
                 d_state = d_initial[0].copy(), d_initial[1].copy()
-        direction.add_second(d_w, second)
+        if second is not None:
+            direction.add_second(d_w, second)
 
 
 def _run_side_by_side(passes: list[Iterator[list[Run]]]) -> None:
@@ -349,9 +350,10 @@ def _record_alike(lstm: LSTM, layers: list[list[Weights]], call: Call, owned: bo
             to = d_x if as_it_is else _time_major(lstm, d_x, batched)
             if k:
                 to = empty(x.shape, dtype)
-            second = direction.second(steps.way)
+            second = direction.second() if steps.way.halved else None
             run_together(direction.backward(weights, steps, x, saved, d_out, finals[k], initials[k], to, d_w, second))
-            direction.add_second(d_w, second)
+            if second is not None:
+                direction.add_second(d_w, second)
             d_out = to
         state = (d_h_0, d_c_0) if batched else (d_h_0[:, 0], d_c_0[:, 0])
         return Gradients(d_x, state, d_w if L == 1 else {name: d_w[name] for name in lstm._params})

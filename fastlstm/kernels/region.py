@@ -215,17 +215,13 @@ class _Sides(Prepared):
         super().__init__(numbers, counters, count, alike)
 
 
-def _leave(run: Run) -> None:
-    prepared, _, _, _, home = run
+def run_one(run: Run) -> None:
+    """Run a plan."""
+    prepared, arrays, _, _, home = run
+    prepared.run(*arrays)
     if home is not None:
         idle, key = home
         idle[key] = prepared
-
-
-def run_one(run: Run) -> None:
-    """Run a plan."""
-    run[0].run(*run[1])
-    _leave(run)
 
 
 def run_together(runs: Sequence[Run]) -> None:
@@ -246,5 +242,7 @@ def run_together(runs: Sequence[Run]) -> None:
         prepared.place(*arrays)
         sides.table[n] = address(prepared.plan)
     sides.run()
-    for run in runs:
-        _leave(run)
+    for prepared, _, _, _, home in runs:
+        if home is not None:
+            idle, key = home
+            idle[key] = prepared

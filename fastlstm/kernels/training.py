@@ -258,14 +258,12 @@ class Direction:
         again = Steps(steps.first, steps.last, x, out, steps.state, steps.rows, way, saved)
         return saved, [self.forward(weights, again, final)]
 
-    def second(self, way: Way) -> Array | None:
-        """Return room for the gradients of the weights of a second half of the rows, if these are halved."""
-        return np.empty(self._weights, self.dtype) if way.halved else None
+    def second(self) -> Array:
+        """Return room for the gradients of the weights of a second half of the rows, where these are halved."""
+        return np.empty(self._weights, self.dtype)
 
-    def add_second(self, d_w: Mapping[str, Array], second: Array | None) -> None:
+    def add_second(self, d_w: Mapping[str, Array], second: Array) -> None:
         """Add these to the gradients of the first half, once all are there."""
-        if second is None:
-            return
         try:
             add = self._adders.pop()
         except IndexError:
@@ -283,7 +281,8 @@ class Direction:
 
         x, saved : of the forward.  d_out : (T, N, P); d_state : (N, P), (N, H), of the state after them.
         d_initial : out (N, P), (N, H), of the state before.  d_x : out (T, N, I).
-        d_w : out, gradients by the names of the weights; without those of `second`, out, as `self.second` gives it.
+        d_w : out, gradients by the names of the weights; without those of `second`, out, room for which
+            `self.second` gives.
         add_w : whether to add to what is there.
         """
         rows, way = steps.rows, steps.way
