@@ -119,7 +119,7 @@ _AS_IT_IS = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
 
 def is_ready(value: object, dtype: np.dtype[Any]) -> TypeGuard[Array]:
     """Return whether a value is an array that `as_array` returns as it is, in a tenth of a microsecond."""
-    return type(value) is np.ndarray and value.dtype is dtype and value.flags.num & _AS_IT_IS == _AS_IT_IS
+    return type(value) is np.ndarray and value.dtype == dtype and value.flags.num & _AS_IT_IS == _AS_IT_IS
 
 
 def as_array(name: str, value: object, dtype: np.dtype[Any]) -> Array:
