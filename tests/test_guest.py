@@ -276,7 +276,7 @@ assert any(all((part == whole).all() for part, whole in zip(stream.state, state)
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers here")
 def test_an_interrupted_call_ends(threading_layer: str) -> None:
     code = """
-import signal, time
+import signal
 import numba
 lstm, x = fastlstm.LSTM(64, 128, rng=0), np.ones((600, 64, 64), np.float32)
 fastlstm.set_num_threads(2)

@@ -1873,8 +1873,7 @@ def same(**more):
 TWO = {"FASTLSTM_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
 
 
-def test_threads_that_differ_in_their_number_of_threads_share_what_is_idle() -> None:
-    """Scratch of another number of threads is given up while others take and leave theirs."""
+def test_threads_look_through_idle_scratch_while_others_take_and_leave_it() -> None:
     code = """
 import time
 lstm = fastlstm.LSTM(3, 4, bidirectional=True, rng=0)
