@@ -380,6 +380,10 @@ class LSTM(Layer, SequenceModel):
         >>> tape.output.shape
         (4, 2, 5)
         """
+        if lengths is None and reset is None and rng is None and checkpoint_every is None:
+            again: Tape | None = load("fastlstm.tape").record_again(self, x, state)
+            if again is not None:
+                return again
         return self._record(self._check_call(x, state, lengths, reset), rng, checkpoint_every)
 
     def _record(self, call: Call, rng: object, checkpoint_every: object, owned: bool = False) -> Tape:
@@ -389,15 +393,16 @@ class LSTM(Layer, SequenceModel):
         tape: Tape = load("fastlstm.tape").record_lstm(self, call, random, every, owned)
         return tape
 
-    def _pack_for_training(self, params: Mapping[str, Array]) -> list[list[Weights]]:
+    def _pack_for_training(self, params: Mapping[str, Array]) -> list[Weights]:
         """Return the weights of each direction of each layer as training needs them."""
         kernels, directions = load("fastlstm.kernels.training"), self._made.get("directions")
         if directions is None:
             directions = self._made["directions"] = [
-                [kernels.Direction(params, suffix, d > 0, self._fixed, len(layer)) for d, suffix in enumerate(layer)]
+                kernels.Direction(params, suffix, d > 0, self._fixed, len(layer))
                 for layer in self._suffixes()
+                for d, suffix in enumerate(layer)
             ]
-        return [[kernels.Weights(one, params) for one in layer] for layer in directions]
+        return [kernels.Weights(one, params) for one in directions]
 
     def _check_state(
         self,

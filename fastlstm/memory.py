@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CACHE_LINE", "Lent", "Spare", "aligned", "empty", "maker"]
+__all__ = ["CACHE_LINE", "Lent", "Own", "Spare", "aligned", "empty", "maker"]
 
 Array = NDArray[Any]
 CACHE_LINE = 64  # bytes
@@ -61,6 +61,15 @@ class Spare:
         """Keep an array that nobody uses any more, unless it is too large."""
         if array.nbytes <= self._most:
             self._kept[:] = [array]
+
+
+class Own:
+    """An array that nobody else waits for, held as a `Lent` holds one."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
 
 
 class Lent:

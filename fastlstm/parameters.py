@@ -16,6 +16,7 @@ __all__ = ["Layer", "Setting", "check_names", "compare_names"]
 Array = NDArray[Any]
 Setting = tuple[Callable[[str, Any], Any], Any]
 """How the value of a setting is checked, and its default: `...` where there is none."""
+_C_CONTIGUOUS, _WRITEABLE = 0x1, 0x400  # NumPy's flags
 SomeLayer = TypeVar("SomeLayer", bound="Layer")
 
 
@@ -116,9 +117,8 @@ class Layer(ABC):
     def _set_params(self, params: Mapping[str, Array]) -> None:
         owned = dict(params)
         for name, array in params.items():
-            if not array.flags.c_contiguous:
+            if array.flags.num & (_C_CONTIGUOUS | _WRITEABLE) != _C_CONTIGUOUS:
                 array = owned[name] = np.ascontiguousarray(array)
-            if array.flags.writeable:
                 array.setflags(write=False)
         self.__dict__["_params"] = owned
 

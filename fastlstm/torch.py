@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import lstm
-from fastlstm.tape import Tape
+from fastlstm.tape import Tape, record_again
 
 __all__ = ["LSTM", "FallbackWarning", "accelerate"]
 
@@ -367,12 +367,12 @@ class _Weights:
 
 
 def _make_layer(config: dict[str, Any], params: dict[str, Array], like: lstm.LSTM | None = None) -> lstm.LSTM:
-    """Return a layer on these arrays, which are not copied; `like`, if of the same sizes, shares what it has made."""
+    """Return a layer on these arrays, which are not copied; `like`, of the same settings, shares what it has made."""
     layer = lstm.LSTM.__new__(lstm.LSTM)
     layer._configure(next(iter(params.values())).dtype, **config)
     layer._set_params(params)
     layer.__dict__["_fixed"] = False  # an optimiser writes to them
-    if like is not None and (like.dtype, like._shapes()) == (layer.dtype, layer._shapes()):
+    if like is not None and (like.dtype, like._config) == (layer.dtype, layer._config):
         layer.__dict__["_made"] = like._made
     return layer
 
@@ -447,7 +447,9 @@ def _record(
     layer: lstm.LSTM, packing: _Packing | None, seed: int | None, x: Tensor, h_0: Tensor | None, c_0: Tensor | None
 ) -> Tape:
     array, state, lengths = _arguments(packing, x, h_0, c_0)
-    tape = layer._record(layer._check_call(array, state, lengths, None), seed, None, owned=True)
+    tape = record_again(layer, array, state, owned=True) if lengths is None and seed is None else None
+    if tape is None:
+        tape = layer._record(layer._check_call(array, state, lengths, None), seed, None, owned=True)
     tape.output.flags.writeable = True  # torch itself tells when `x` or the output is written to
     return tape
 

@@ -1759,7 +1759,7 @@ def test_a_tape_has_the_memory_of_one_that_is_gone() -> None:
     def rooms(tape: Tape) -> set[int]:
         recording = tape._backward.__self__  # type: ignore[attr-defined]
         segments = [segment for layer in recording.layers for segments in layer for segment in segments]
-        return {segment.saved.array.ctypes.data for segment in segments}
+        return {segment.room.array.ctypes.data for segment in segments}
 
     alone = [gradients(copy.deepcopy(layer).record(x)) for x in xs]
     tapes = [layer.record(x) for x in xs]
@@ -1800,7 +1800,7 @@ def test_panels_are_held_while_a_backward_reads_them(monkeypatch: pytest.MonkeyP
     """Two threads may pack the same weights at once, and those of the second take the place of the first's."""
     lstm, x = LSTM(8, 16, rng=0), np.ones((3, 1, 8), np.float32)
     tape = lstm.record(x)
-    ((weights,),) = lstm._training_weights()
+    (weights,) = lstm._training_weights()
     lay_out, given_back = BackwardSpace.lay_out, []
 
     def replaced(*arguments: Any) -> None:

@@ -59,10 +59,10 @@ PLAN = record(
     "order", "lengths", "places", "active",  # (N,), (N,), (N,): a row's place by falling length; (T,): rows of a step
     "reset",  # bytes (T, N); 0: none
     "second",  # room for the gradients of the weights of a second half of the rows, a call of its own; 0: not halved
-    # from here to `raw` how they lie, in steps and rows, and whether to add to what is in the d_w
-    "x_step", "x_row", "out_step", "out_row", "d_out_step", "d_out_row", "d_x_step", "d_x_row",
-    "reset_step", "reset_row", "add_w",
+    "reset_step", "reset_row",  # bytes
+    "add_w",  # 1: add to what is in the d_w
     "raw",  # 1: w_ih and w_hh are not packed, but their rows are whole registers
+    "x_step", "x_row", "out_step", "out_row",  # of x and d_x, of out and d_out
     "T", "N", "I", "P", "H", "reverse", "projected",
     "row0", "rows",  # those of the N that this call is about
     "linear",  # 1: no steps at all; d_z is given for T rows, and N is 1
@@ -297,7 +297,7 @@ def backward_kernel(dtype: np.dtype):
             c = p.c_0 + n * p.H * size if p.c_0 else p.zeros
         set_integer(p.x_from + slot * 8, p.x + (t * p.x_step + n * p.x_row) * size)
         set_integer(p.h_from + slot * 8, h)
-        set_integer(p.d_x_to + slot * 8, t * p.d_x_step + n * p.d_x_row)
+        set_integer(p.d_x_to + slot * 8, t * p.x_step + n * p.x_row)
         set_integer(p.k_of + slot * 8, k)
         return c
 
@@ -313,7 +313,7 @@ def backward_kernel(dtype: np.dtype):
             c = fill_sources(p, q, t, row, slot, q.base + place - q.first)
             set_integer(table(q, p, Z_ROWS) + r * 8, slot * GATES * p.H)
             set_integer(table(q, p, H_ROWS) + r * 8, r * p.P)
-            set_integer(table(q, p, D_OUT_ROWS) + r * 8, t * p.d_out_step + n * p.d_out_row if p.d_out else 0)
+            set_integer(table(q, p, D_OUT_ROWS) + r * 8, t * p.out_step + n * p.out_row if p.d_out else 0)
             set_integer(table(q, p, C_ROWS) + r * 8, c)
             set_integer(table(q, p, DH_ROWS) + r * 8, slot * p.P if p.projected else 0)
 
@@ -367,9 +367,9 @@ def backward_kernel(dtype: np.dtype):
         d_h, d_h_stride = p.d_h + row0 * p.P * size, p.P
         d_out, d_out_rows = p.d_out if p.d_out else p.zeros, table(q, p, D_OUT_ROWS)
         back = 1 if p.reverse else -1
-        d_out_next, c_next = back * p.d_out_step, 2 * back * p.N * p.H
+        d_out_next, c_next = back * p.out_step, 2 * back * p.N * p.H
         if p.slices > 1:
-            d_out_next, c_next = (q.last - q.first) * p.d_out_row, (back * p.N + q.last - q.first) * p.H
+            d_out_next, c_next = (q.last - q.first) * p.out_row, (back * p.N + q.last - q.first) * p.H
         if p.projected:  # d_m = d_h_out W_hr
             for r in range(rows):
                 set_integer(table(q, p, D_OUT_ROWS) + r * 8, 0)
@@ -406,7 +406,7 @@ def backward_kernel(dtype: np.dtype):
         t, back = time(p, q, 0), 1 if p.reverse else -1
         d_out, d_out_step = p.zeros, 0
         if p.d_out:
-            d_out, d_out_step = p.d_out + (t * p.d_out_step + row * p.d_out_row) * size, back * p.d_out_step
+            d_out, d_out_step = p.d_out + (t * p.out_step + row * p.out_row) * size, back * p.out_step
         call_tile(p.retrace, (
             0, q.steps, p.H, (p.H + lanes - 1) // lanes, p.d_h + row * p.H * size, p.d_c + row * p.H * size,
             d_out, d_out_step, p.saved + (t * p.N + row) * GATES * p.H * size, c_at(p, t, row), back * p.N * p.H, c,
@@ -587,7 +587,7 @@ def backward_kernel(dtype: np.dtype):
                     copy(p.d_c_0 + n * p.H * size, d_c, p.H * size)
                     if p.d_x and p.lengths:
                         for t in range(length(p, row), p.T):
-                            clear(p.d_x + (t * p.d_x_step + n * p.d_x_row) * size, p.I * size)
+                            clear(p.d_x + (t * p.x_step + n * p.x_row) * size, p.I * size)
                     continue
                 copy(d_h, p.d_h_n + n * p.P * size if p.d_h_n else p.zeros, p.P * size)
                 copy(d_c, p.d_c_n + n * p.H * size if p.d_c_n else p.zeros, p.H * size)
@@ -625,7 +625,7 @@ def backward_kernel(dtype: np.dtype):
             if p.linear:
                 for slot in range(first, last):
                     set_integer(p.x_from + slot * 8, p.x + (q.done + slot) * p.x_step * size)
-                    set_integer(p.d_x_to + slot * 8, (q.done + slot) * p.d_x_step)
+                    set_integer(p.d_x_to + slot * 8, (q.done + slot) * p.x_step)
                     set_integer(p.k_of + slot * 8, slot)
             pack_slots(p, q, first, last)
         else:

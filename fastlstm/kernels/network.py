@@ -23,7 +23,7 @@ from fastlstm.kernels.panels import (
     natural_panel,
 )
 from fastlstm.kernels.product import L2_BYTES, tile_rows
-from fastlstm.kernels.region import Prepared, Run
+from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.sequence import PLAN, TABLES_AT, WEIGHT_FIELDS, forward_kernel
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import (
@@ -262,31 +262,19 @@ class Network:
         state_out: tuple[Array, Array], order: Array | None, lengths: Array | None, reset: Array | None,
     ) -> None:  # fmt: skip
         """Run a batch of sequences of a course's size; rows are dealt to its groups already."""
-        space = self._space(course, False, order, lengths, reset)
+        space = self.space(course, False, order, lengths, reset)
         space.run(x, out, *state_out, *state_in, panels.array)
         if space.keeps and reset is None:
             course.idle[False] = space
 
-    def recording(
-        self, course: Course, panels: Lent | None, x: Array, out: Array, state_in: tuple[Array | None, Array | None],
-        state_out: tuple[Array, Array], order: Array | None, lengths: Array | None, reset: Array | None,
-        saved: Array | None, weights: Sequence[Array], count: int,
-    ) -> Run:  # fmt: skip
-        """Return such a run for training; `count`: threads for it and those beside it.
-
-        saved : what the plan says, rows in that order, written for the backward.
-        weights : W_ih, W_hh and perhaps b_ih, b_hh, where the course reads them as they are, instead of panels.
-        """
-        recorded = saved is not None
-        space = self._space(course, recorded, order, lengths, reset)
-        arrays = (x, out, *state_out, *state_in, None if panels is None else panels.array, saved, *weights)
-        home = (course.idle, recorded) if space.keeps and reset is None else None
-        return space, arrays, count, panels, home
-
-    def _space(
+    def space(
         self, course: Course, recorded: bool, order: Array | None, lengths: Array | None, reset: Array | None
     ) -> Workspace:  # fmt: skip
-        """Return a workspace that nobody uses."""
+        """Return a workspace that nobody uses, for rows that are dealt to the course's groups already.
+
+        It takes x, out, the state after them and before them, the panels and, recorded, what is saved for the backward,
+        and the weights where the course reads them as they are.
+        """
         space = course.idle.pop(recorded, None) if reset is None else None
         if space is None:
             space = Workspace(self, course, recorded, order, lengths, reset)

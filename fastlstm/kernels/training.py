@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -34,18 +33,18 @@ from fastlstm.kernels.region import Prepared, Run
 from fastlstm.kernels.simd import target
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import GATES, KEPT, fits_squares
-from fastlstm.memory import Lent, Spare, aligned, empty, maker
+from fastlstm.memory import Lent, Own, Spare, aligned, empty, maker
 
-__all__ = ["EVERY_ROW", "Direction", "LinearGradients", "Rows", "Steps", "Way", "Weights"]
+__all__ = ["EVERY_ROW", "Direction", "LinearGradients", "Rows", "Way", "Weights"]
 
 Array = NDArray[Any]
-
 CHUNK_ROWS = 256  # of d_z in a chunk, so that d_W is a product of some depth and the chunk stays in cache
 LARGE_GRADIENTS = 4 << 20  # bytes of d_W that had better not be read at every chunk
 LARGE_CHUNK_ROWS = 512
 SMALL_GRADIENTS = 256 << 10  # bytes of d_W up to which each half of the rows has sums of its own
 KEPT_WAYS = 4
 NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"
+SMALL_ROOM = 4 << 10  # numbers that are had new in a quarter of the time in which they are lent
 KEPT_SPACE, KEPT_ROOM = 32 << 20, 64 << 20  # bytes of a scratch and of a tape that are left to the next call
 
 
@@ -89,21 +88,6 @@ class Way:
     def __init__(self, course: Course, threads: int, halved: bool) -> None:
         self.course, self.threads, self.halved = course, threads, halved
         self.idle: dict[tuple[int, int], BackwardSpace] = {}  # by ranks and half
-
-
-@dataclass(slots=True, eq=False)
-class Steps:
-    """Consecutive steps of one direction: what they were given and gave, for the backward."""
-
-    first: int
-    last: int  # the one behind them
-    x: Array  # (T, N, I), any strides in whole numbers but the last, which is 1
-    out: Array  # (T, N, P), likewise
-    state: tuple[Array | None, Array | None]  # (N, P), (N, H), before them in the direction's own order
-    rows: Rows
-    way: Way
-    saved: Lent | None  # the direction's `room`; None: to be computed again
-    cut: Array | None = None  # (N,) bool, where the state does not cross to these steps from those before
 
 
 def _chunk_rows(gradients: int) -> int:
@@ -195,7 +179,10 @@ class Direction:
         self._unpacked = fixed and not self.projected and fits_squares((self.I, self.P), self.H, self.dtype)
 
     def way(self, x: Array, out: Array, lengths: Array | None) -> Way:
-        """Return how steps of the size of x (T, N, I) are run; x and out as in `Steps`."""
+        """Return how steps of the size of x (T, N, I) are run, with results as out (T, N, P).
+
+        Their strides and those of their gradients are whole numbers of any size, but for the last, which is 1.
+        """
         T, N, _ = x.shape
         how = None if lengths is None else self._choose(T, N, lengths)
         key = T, N, x.strides, out.strides, threads.get_num_threads(), how
@@ -228,35 +215,41 @@ class Direction:
         """Return how many steps of so many rows make a chunk."""
         return max(1, self._chunk_rows // max(1, -(-N // 2) if self.is_halved(N, alike) else N))
 
-    def room(self, T: int, N: int) -> Lent:
+    def room(self, T: int, N: int) -> Lent | Own:
         """Return room for what the backward needs of so many steps and rows, or more."""
-        return self._spare.lend(T * N * KEPT * self.H, self.dtype)
+        count = T * N * KEPT * self.H
+        return Own(np.empty(count, self.dtype)) if count <= SMALL_ROOM else self._spare.lend(count, self.dtype)
 
-    def forward(self, weights: Weights, steps: Steps, final: tuple[Array, Array]) -> Run:
-        """Return the run of some steps: writes `steps.out`, the state after them (N, P), (N, H), and `steps.saved`.
+    def forward(
+        self, weights: Weights, way: Way, rows: Rows, x: Array, out: Array, state: tuple[Array | None, Array | None],
+        final: tuple[Array, Array], saved: Array | None,
+    ) -> Run:  # fmt: skip
+        """Return the run of some steps.
 
-        What is saved lies as the forward's plan says.
+        x : (T, N, I), laid out as the way says.  state : (N, P), (N, H), before them in the direction's own order.
+        out, final, saved : out (T, N, P), the state after them, and what the backward needs, which is left out if None.
         """
-        rows, way = steps.rows, steps.way
-        room = None if steps.saved is None else steps.saved.array
-        panels, unpacked = None, weights.as_they_are if way.course.unpacked else ()
-        if not unpacked:
-            panels = weights.packed().panels
-        return self.network.recording(
-            way.course, panels, steps.x, steps.out, steps.state, final,
-            rows.order, rows.lengths, rows.reset, room, unpacked, way.threads,
-        )  # fmt: skip
+        course, reset, recorded = way.course, rows.reset, saved is not None
+        space = self.network.space(course, recorded, rows.order, rows.lengths, reset)
+        home = (course.idle, recorded) if space.keeps and reset is None else None
+        if course.unpacked:
+            return space, (x, out, *final, *state, None, saved, *weights.as_they_are), way.threads, None, home
+        panels = weights.packed().panels
+        return space, (x, out, *final, *state, panels.array, saved), way.threads, panels, home
 
-    def forward_again(self, weights: Weights, steps: Steps, x: Array) -> tuple[Lent, list[Run]]:
-        """Return room for what the backward needs of some steps, and the run that computes it a second time."""
-        course = steps.way.course
-        out, way = np.empty_like(steps.out), steps.way
-        if out.strides != steps.out.strides:  # of one of two directions
+    def forward_again(
+        self, weights: Weights, way: Way, rows: Rows, x: Array, like: Array, state: tuple[Array | None, Array | None]
+    ) -> tuple[Lent | Own, list[Run]]:  # fmt: skip
+        """Return room for what the backward needs of some steps, and the run that computes it a second time.
+
+        like : their outputs.
+        """
+        course, out = way.course, np.empty_like(like)
+        if out.strides != like.strides:  # of one of two directions
             way = Way(Course(course.T, course.N, lying(x, out), course.how, course.unpacked), way.threads, way.halved)
-        saved = self.room(course.T, course.N)
+        room = self.room(course.T, course.N)
         final = np.empty((course.N, self.P), self.dtype), np.empty((course.N, self.H), self.dtype)
-        again = Steps(steps.first, steps.last, x, out, steps.state, steps.rows, way, saved)
-        return saved, [self.forward(weights, again, final)]
+        return room, [self.forward(weights, way, rows, x, out, state, final, room.array)]
 
     def second(self) -> Array:
         """Return room for the gradients of the weights of a second half of the rows, where these are halved."""
@@ -273,26 +266,28 @@ class Direction:
         self._adders[:] = [add]
 
     def backward(
-        self, weights: Weights, steps: Steps, x: Array, saved: Lent, d_out: Array | None,
-        d_state: tuple[Array | None, Array | None], d_initial: tuple[Array, Array], d_x: Array,
-        d_w: Mapping[str, Array], second: Array | None, add_w: bool = False,
+        self, weights: Weights, way: Way, rows: Rows, x: Array, out: Array, state: tuple[Array | None, Array | None],
+        saved: Array, d_out: Array | None, d_state: tuple[Array | None, Array | None],
+        d_initial: tuple[Array, Array], d_x: Array, d_w: Mapping[str, Array], second: Array | None,
+        add_w: bool = False,
     ) -> list[Run]:  # fmt: skip
         """Return the runs that take some steps backward.
 
-        x, saved : of the forward.  d_out : (T, N, P); d_state : (N, P), (N, H), of the state after them.
+        x, out, state, saved : of the forward.  d_out : (T, N, P); d_state : (N, P), (N, H), of the state after them.
         d_initial : out (N, P), (N, H), of the state before.  d_x : out (T, N, I).
         d_w : out, gradients by the names of the weights; without those of `second`, out, room for which
             `self.second` gives.
         add_w : whether to add to what is there.
         """
-        rows, way = steps.rows, steps.way
-        count = min(way.threads, threads.get_num_threads())
-        ranks = 1 if count == 1 else count // math.gcd(count, self._beside * (1 + way.halved))
+        count = ranks = 1
+        if way.threads > 1:
+            count = min(way.threads, threads.get_num_threads())
+            ranks = count // math.gcd(count, self._beside * (1 + way.halved))
         packed = None if way.course.unpacked else weights.packed()  # held while its panels are read
         matrices = (*weights.as_they_are[:2], None) if packed is None else packed.natural
         w_ih, w_hh, b_ih, b_hh, w_hr = self._names
         arrays = (
-            x, steps.out, saved.array, *matrices, *steps.state,
+            x, out, saved, *matrices, *state,
             d_out, *d_state, *d_initial, d_x,
             d_w[w_ih], d_w[w_hh], d_w.get(b_ih), d_w.get(b_hh), d_w.get(w_hr),
             *rows, second,
@@ -302,7 +297,7 @@ class Direction:
         for half in range(1 + way.halved):
             key = ranks, half
             space = way.idle.pop(key, None) or self._space(way, ranks, rows.lengths is None, half)
-            space.lay_out(d_out, d_x, rows.reset, add_w, packed is None)
+            space.lay_out(rows.reset, add_w)
             runs.append((space, arrays, count, packed, (way.idle, key) if space.keeps else None))
         return runs
 
@@ -341,9 +336,9 @@ class Direction:
             "retrace": entry(retrace_kernel, self.dtype) if single else 0,
             "outer": 0 if projected else entry(outer_kernel, self.dtype),
             "chunk": chunk, "slices": slices, "units_apart": int(units_apart), "groups": groups,
-            "ramp_p": address(self.ramp_p), "ramp_h": address(self.ramp_h),
+            "ramp_p": address(self.ramp_p), "ramp_h": address(self.ramp_h), "raw": int(course.unpacked),
         }  # fmt: skip
-        plan |= {name: stride // size for name, stride in zip(LAYOUT[:4], course.strides, strict=True)}
+        plan |= {name: stride // size for name, stride in zip(LAYOUT, course.strides, strict=True)}
         space = BackwardSpace(plan, parts, ranks, most, (GATES * H, I), self.dtype, self.ramp_i, alike)
         for key in list(way.idle):
             if key[0] != ranks:  # of another number of threads
@@ -395,27 +390,21 @@ class BackwardSpace(Prepared):
         for name, line in ("d_h", values["P"]), ("d_c", values["H"]), ("d_m", values["H"]):
             values[name] -= values["row0"] * line * dtype.itemsize  # rows count in the batch
         self.keeps = total <= KEPT_SPACE
-        self._laid_out: tuple[Any, ...] = ()
+        self._laid_out: tuple[Any, ...] = None, False
         self._kept = ramp
         super().__init__(values.values(), self.buffer[offsets["counters"] :][: parts["counters"]], ranks, alike)
 
-    def lay_out(
-        self, d_out: Array | None, d_x: Array, reset: Array | None, add_w: bool = False, as_they_are: bool = False
-    ) -> None:
-        """Write to the plan how d_out, d_x and reset lie, whether to add to what is in the d_w, and `raw`."""
-        strides = None if d_out is None else d_out.strides, d_x.strides, None if reset is None else reset.strides
-        wanted = strides, add_w, as_they_are
-        if wanted == self._laid_out:
-            return
-        of_d_out, of_d_x, of_reset = (found or (0, 0) for found in strides)
-        numbers = [stride // d_x.itemsize for stride in (*of_d_out[:2], *of_d_x[:2])]
-        first = PLAN_FIELDS.index(LAYOUT[4])
-        self.plan[first : first + 8] = *numbers, *of_reset, *wanted[1:]
-        self._laid_out = wanted
+    def lay_out(self, reset: Array | None, add_w: bool) -> None:
+        """Write to the plan how `reset` lies, and whether to add to what is in the d_w."""
+        wanted = None if reset is None else reset.strides, add_w
+        if wanted != self._laid_out:
+            self.plan[RESET_STEP : RESET_STEP + 3] = *(wanted[0] or (0, 0)), add_w
+            self._laid_out = wanted
 
 
 PLAN_FIELDS = list(PLAN.names or ())
-LAYOUT = PLAN_FIELDS[PLAN_FIELDS.index("x_step") : PLAN_FIELDS.index("raw") + 1]
+RESET_STEP = PLAN_FIELDS.index("reset_step")
+LAYOUT = "x_step", "x_row", "out_step", "out_row"
 
 
 class LinearGradients:
@@ -440,6 +429,5 @@ class LinearGradients:
             "x_step": I,
         }  # fmt: skip
         space = BackwardSpace(plan, {}, ranks, min(chunk, len(x)), (len(d_weight), I), x.dtype, self._ramp)
-        space.lay_out(None, d_x, None)
         space.run(x, None, None, self._panel, *[None] * 9, d_x, d_weight, None, d_bias)
         return d_x, d_weight
