@@ -1123,6 +1123,7 @@ LOADER = """
 import warnings
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+warnings.filterwarnings("ignore", ".*suggested max number of worker.*", UserWarning)  # with a single CPU
 import torch
 from torch.utils.data import DataLoader, Dataset
 from fastlstm.torch import LSTM
