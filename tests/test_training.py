@@ -41,8 +41,9 @@ from test_guest import CHILD, COMPILES, COUNT_REGIONS, QUICK, can_fork
 import fastlstm
 from fastlstm import LSTM, Linear, Sequential, reference, threads
 from fastlstm.bench.cases import CASES
-from fastlstm.kernels import network, sequence
+from fastlstm.kernels import network, panels, sequence
 from fastlstm.kernels.network import Network
+from fastlstm.kernels.panels import Packing
 from fastlstm.kernels.tile import GATES, blocking, fills_line
 from fastlstm.kernels.training import BackwardSpace
 from fastlstm.memory import CACHE_LINE
@@ -625,6 +626,23 @@ def test_what_is_saved_past_the_caches_has_the_same_bits(case: Case, H: int, mon
         gradients = draw_training(case).gradients()
     whole_lines = [rows * H * dtype.itemsize % CACHE_LINE == 0 for rows in (1, GATES)]  # of c', of the gates
     assert set(past) == {sum(whole_lines) if fills_line(blocking(dtype).units, dtype) else 0}
+    assert_same_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize("case", grid(Case(T=3, N=2, I=5), H=(16, 37, 64), P=(0, 6), dtype=BOTH), **by_name)
+def test_panels_past_the_caches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = draw_training(case).gradients()
+    prepare, past = Packing._prepare, []
+
+    def watched(packing: Packing, ranks: int) -> Any:
+        past.append(packing._past_caches)
+        return prepare(packing, ranks)
+
+    monkeypatch.setattr(Packing, "_prepare", watched)
+    monkeypatch.setattr(panels, "PAST_CACHES", 0)
+    with poisoned():
+        gradients = draw_training(case).gradients()
+    assert set(past) == {fills_line(blocking(np.dtype(case.dtype)).units, np.dtype(case.dtype))}
     assert_same_gradients(gradients, expected)
 
 

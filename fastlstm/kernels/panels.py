@@ -20,8 +20,8 @@ from fastlstm.kernels.call import address
 from fastlstm.kernels.compile import entry
 from fastlstm.kernels.region import Prepared
 from fastlstm.kernels.simd import I64, Builder, Vec, kernel, target, transpose
-from fastlstm.kernels.team import LINE, integer_at, lazy, next_task, on_stack, part, record, record_at
-from fastlstm.kernels.tile import GATES, blocking
+from fastlstm.kernels.team import LINE, fence, integer_at, lazy, next_task, on_stack, part, record, record_at
+from fastlstm.kernels.tile import GATES, blocking, fills_line
 from fastlstm.memory import CACHE_LINE, aligned
 
 __all__ = [
@@ -43,6 +43,9 @@ Array = NDArray[Any]
 BAND, WIDE_BAND = 128, 16  # rows that are copied block by block, before the next ones
 WIDE_ROW = 3 << 10  # bytes of a row that make it wide: H = 1024 gains a third, 512 would lose as much
 PARALLEL_BYTES = 4 << 20  # of panels below which a parallel region does not pay
+PAST_CACHES = (
+    8 << 20
+)  # bytes of panels that are written past the caches, where they would push out what they are made of
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ JOB = record(
     "columns",
     "copied", "copy",  # 1: the same rows are copied to a natural panel, which begins there
 )  # fmt: skip
-HEADER = record("count", "ranks", "counters")  # of the jobs, which lie behind it
+HEADER = record("count", "ranks", "counters", "past_caches")  # of the jobs, which lie behind it
 PLAN = record("kernel", "out", "header")  # behind it the addresses of the weights
 
 
@@ -164,6 +167,7 @@ class Packing:
             self.copies += [copy] * (panel.copied > 0)
             self.size = copy + -(-panel.copied // CACHE_LINE) * CACHE_LINE
         self._jobs = np.array(jobs, np.int64)
+        self._past_caches = self.size * dtype.itemsize > PAST_CACHES and fills_line(blocking(dtype).units, dtype)
         self._idle: dict[int, tuple[Prepared, Array] | None] = {}  # by threads
 
     def make(self, weights: Sequence[Array], out: Array) -> None:
@@ -176,13 +180,17 @@ class Packing:
 
     def _prepare(self, ranks: int) -> tuple[Prepared, Array]:
         counters = aligned(2 * LINE, np.dtype(np.uint8))
-        header = np.array([len(self._jobs), ranks, address(counters), *self._jobs.flat])
+        header = np.array([len(self._jobs), ranks, address(counters), self._past_caches, *self._jobs.flat], np.int64)
         most = 1 + int(self._jobs[:, 0].max())
         return Prepared([entry(panels_kernel, self.dtype), 0, 0, *[0] * most], counters, ranks), header
 
 
-def _emit_transposed(b: Builder, units: int, source, rows, depth, out, line) -> None:
-    """Emit out[k][unit] = source[unit][k]: `rows` rows of `depth` numbers count, the others are zero."""
+def _emit_transposed(b: Builder, form: tuple[int, bool], source, rows, depth, out, line) -> None:
+    """Emit out[k][unit] = source[unit][k]: `rows` rows of `depth` numbers count, the others are zero.
+
+    form : how many units there are; whether whole squares of them are written past the caches.
+    """
+    units, past_caches = form
 
     def square(first: ir.Value, whole: bool) -> None:
         left = b.ir.sub(depth, first)
@@ -195,7 +203,7 @@ def _emit_transposed(b: Builder, units: int, source, rows, depth, out, line) -> 
             to = b.pointer(out) + b.ir.mul(line, b.ir.add(first, I64(k)))
             count = b.ir.select(b.ir.icmp_signed("<", I64(k), left), I64(units), I64(0))
             if whole:
-                to.store(column)
+                to.store(column, past_caches)
             else:
                 to.store_first(column, count)
 
@@ -218,14 +226,19 @@ def _emit_summed(b: Builder, units: int, first, second, rows, out) -> None:
     b.pointer(out).store(b.pointer(first).load_first(units, rows) + b.pointer(second).load_first(units, rows))
 
 
-def _emit_natural(b: Builder, vectors: int, source, stride, valid, rows, out) -> None:
-    """Emit out[row] = source[row], rows `stride` apart: the first `valid` numbers, and zeros behind them."""
+def _emit_natural(b: Builder, form: tuple[int, bool], source, stride, valid, rows, out) -> None:
+    """Emit out[row] = source[row], rows `stride` apart: the first `valid` numbers, and zeros behind them.
+
+    form : how many registers a row of `out` has; whether they are written past the caches.
+    """
+    vectors, past_caches = form
 
     def one_row(row: ir.Value, _: list[Vec]) -> list[Vec]:
         from_ = b.pointer(source) + b.ir.mul(row, stride)
         to = b.pointer(out) + b.ir.mul(row, I64(vectors * b.lanes))
         for v in range(vectors):
-            (to + v * b.lanes).store((from_ + v * b.lanes).load_first(b.lanes, b.ir.sub(valid, I64(v * b.lanes))))
+            vec = (from_ + v * b.lanes).load_first(b.lanes, b.ir.sub(valid, I64(v * b.lanes)))
+            (to + v * b.lanes).store(vec, past_caches)
         return []
 
     b.loop(rows, one_row)
@@ -251,31 +264,37 @@ def panels_kernel(dtype: np.dtype):
     """Describe what packs weights: a function of the plan and the thread's rank; a block is a task."""
     size, lanes, widest, job_size = dtype.itemsize, target().lanes(dtype), most_vectors(), JOB.itemsize
     units = [blocking(dtype).units] + [blocking(dtype).tail] * bool(blocking(dtype).tail)
-    transposed = kernel(dtype, "transposed", 5, _emit_transposed, dict(enumerate(units)))
+    forms = [(count, False) for count in units]
+    widths = [(vectors, False) for vectors in range(1, widest + 1)]
+    if fills_line(units[0], dtype):
+        forms.append((units[0], True))
+        widths += [(vectors, True) for vectors, _ in widths]
+    whole_past = len(units)  # the form of whole squares past the caches
+    transposed = kernel(dtype, "transposed", 5, _emit_transposed, dict(enumerate(forms)))
     summed = kernel(dtype, "summed", 4, _emit_summed, dict(enumerate(units)))
-    natural = kernel(dtype, "natural", 5, _emit_natural, dict(enumerate(range(1, widest + 1))))
+    natural = kernel(dtype, "natural", 5, _emit_natural, dict(enumerate(widths)))
     job_at, plan_at, header_at = (record_at(from_dtype(dtype_)) for dtype_ in (JOB, PLAN, HEADER))
     header_size, plan_size = HEADER.itemsize, PLAN.itemsize
     i = types.int64
 
-    @part(types.void, *[i] * 6)
-    def copy_rows(weight, depth, columns, k, rows, panels):
+    @part(types.void, *[i] * 7)
+    def copy_rows(weight, depth, columns, k, rows, panels, past):
         """Copy rows of a weight (depth, columns), from row k on, to its natural panels."""
         for each in range(count_blocks(columns, lanes, widest)):
             first, vectors = cut_block(columns, each, lanes, widest)
             at, line = first * lanes, vectors * lanes
             natural(on_stack((
-                vectors - 1, weight + (k * columns + at) * size, columns, columns - at, rows,
+                vectors - 1 + past * widest, weight + (k * columns + at) * size, columns, columns - at, rows,
                 panels + (at * depth + k * line) * size,
             )))  # fmt: skip
 
-    @part(types.void, from_dtype(JOB), i, i, i, i)
-    def make_block(job, start, following, base, block):
+    @part(types.void, from_dtype(JOB), i, i, i, i, i)
+    def make_block(job, start, following, base, block, past):
         """Make a block of the panels, at `base`, of the weight at `start`; `following`: the next weight."""
         weight, panels, copies = start + job.weight, base + job.out, base + job.copy
         if job.form == NATURAL:
             k = block * job.block_rows
-            copy_rows(weight, job.depth, job.columns, k, min(job.block_rows, job.depth - k), panels)
+            copy_rows(weight, job.depth, job.columns, k, min(job.block_rows, job.depth - k), panels, past)
             return
         for gate in range(GATES):
             rows = job.rows - block * job.block_rows - gate * job.gate_limit
@@ -285,10 +304,11 @@ def panels_kernel(dtype: np.dtype):
             if job.form == SUMMED:
                 summed(on_stack((job.narrow, weight + offset, following + offset, rows, out)))
             else:
-                transposed(on_stack((job.narrow, weight + offset, max(rows, 0), job.depth, out, GATES * job.units)))
+                form = whole_past if past and job.narrow == 0 else job.narrow
+                transposed(on_stack((form, weight + offset, max(rows, 0), job.depth, out, GATES * job.units)))
             if job.copied:
                 k += job.weight // (job.depth * size)
-                copy_rows(start, GATES * job.gate_rows, job.depth, k, min(rows, job.units), copies)
+                copy_rows(start, GATES * job.gate_rows, job.depth, k, min(rows, job.units), copies, past)
 
     def run(plan, rank):
         p = carray(plan_at(plan), 1)[0]
@@ -308,6 +328,8 @@ def panels_kernel(dtype: np.dtype):
             job = carray(job_at(jobs + nth * job_size), 1)[0]
             weight = plan + plan_size + job.which * 8
             following = integer_at(weight + 8) + job.weight if job.form == SUMMED else 0
-            make_block(job, integer_at(weight), following, p.out, task - before)
+            make_block(job, integer_at(weight), following, p.out, task - before, h.past_caches)
+        if h.past_caches:
+            fence()
 
     return run, types.void(types.int64, types.int64)
