@@ -114,12 +114,12 @@ def to_numpy(name: str, value: object) -> Array:
         raise kind(f"`{name}` cannot be made an array, got {type(value).__name__}: {reason}") from None
 
 
-_AS_IT_IS = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
+AS_IT_IS = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
 
 
 def is_ready(value: object, dtype: np.dtype[Any]) -> TypeGuard[Array]:
     """Return whether a value is an array that `as_array` returns as it is, in a tenth of a microsecond."""
-    return type(value) is np.ndarray and value.dtype == dtype and value.flags.num & _AS_IT_IS == _AS_IT_IS
+    return type(value) is np.ndarray and value.dtype == dtype and value.flags.num & AS_IT_IS == AS_IT_IS
 
 
 def as_array(name: str, value: object, dtype: np.dtype[Any]) -> Array:

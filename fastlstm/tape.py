@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastlstm import threads
-from fastlstm.checks import as_array, is_ready
+from fastlstm.checks import AS_IT_IS, as_array, is_ready
 from fastlstm.kernels.region import Run, run_one, run_together
 from fastlstm.kernels.training import EVERY_ROW, Direction, Rows, Way, Weights
 from fastlstm.memory import Lent, Own, empty, maker
@@ -350,7 +350,15 @@ class _Alike:
             return False
         h, c = pair
         dtype = self.dtype
-        return is_ready(h, dtype) and is_ready(c, dtype) and h.shape == self.h_shape and c.shape == self.c_shape
+        return (
+            type(h) is np.ndarray
+            and type(c) is np.ndarray
+            and h.shape == self.h_shape
+            and c.shape == self.c_shape
+            and h.dtype == dtype
+            and c.dtype == dtype
+            and h.flags.num & c.flags.num & AS_IT_IS == AS_IT_IS
+        )
 
     def record(self, lstm: LSTM, x: Array, h_0: Array | None, c_0: Array | None, owned: bool) -> Tape:
         """Record a call with arrays as the user laid them out; `owned`: nobody else writes to x."""
