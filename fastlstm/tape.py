@@ -290,10 +290,13 @@ class _Recording:
                 yield again
             part = None if d_out is None else d_out[first:last]
             add_w = steps is not segments[-1]
-            yield direction.backward(
-                weights, steps.way, steps.rows, x_part, steps.out, steps.state, room.array,
-                part, d_state, d_initial, d_x[first:last], d_w, second, add_w,
-            )  # fmt: skip
+            yield [
+                direction.backward(
+                    weights, steps.way, steps.rows, x_part, steps.out, steps.state, room.array,
+                    part, d_state, d_initial, d_x[first:last], d_w, second, add_w, half,
+                )
+                for half in range(1 + steps.way.halved)
+            ]  # fmt: skip
             del room  # so that its memory serves the next segment
             if steps.cut is not None:
                 d_initial[0][steps.cut], d_initial[1][steps.cut] = 0, 0
@@ -394,13 +397,14 @@ class _Alike:
                     d_w[name] = make()
                 d_x = self.new_y() if k else self.new_x()
                 second = direction.second() if way.halved else None
-                run_together(
-                    direction.backward(
-                        weights, way, EVERY_ROW, given, y, states[k], room.array,
-                        d_y, d_finals[k], d_initials[k], d_x, d_w, second,
-                    )
+                arguments = (
+                    weights, way, EVERY_ROW, given, y, states[k], room.array,
+                    d_y, d_finals[k], d_initials[k], d_x, d_w, second,
                 )  # fmt: skip
-                if second is not None:
+                if second is None:
+                    run_one(direction.backward(*arguments))
+                else:
+                    run_together([direction.backward(*arguments, half=half) for half in range(2)])
                     direction.add_second(d_w, second)
                 d_y = d_x
             return Gradients(d_x, d_initial, d_w if L == 1 else {name: d_w[name] for name in lstm._params})

@@ -629,6 +629,56 @@ def test_what_is_saved_past_the_caches_has_the_same_bits(case: Case, H: int, mon
     assert_same_gradients(gradients, expected)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        *grid(
+            Case(T=6, N=5, I=4, H=11), L=(1, 3), P=(0, 3), state=(False, True), layout=("TNI", "NTI"), dtype=BOTH
+        ),
+        *grid(Case(T=6, N=1, I=4, H=11, layout="TI"), L=(1, 2), P=(0, 3), state=(False, True), dtype=BOTH),
+        *grid(Case(T=1, N=1, I=32, H=32), state=(False, True), dtype=BOTH),
+        Case(T=9, N=24, I=4, H=11),  # halves
+    ],
+    **by_name,
+)  # fmt: skip
+def test_a_call_like_one_before_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments are not looked at closely, and it has nothing of the call before."""
+    one, other = draw_training(case), draw_training(case, seed=1)
+    other.problem.layer.load_state_dict(one.problem.layer.state_dict())
+    expected = [[training.results(tape := training.record()), training.backward(tape)] for training in (one, other)]
+    other.problem.layer = one.problem.layer = copy.deepcopy(one.problem.layer)
+    check, checked = LSTM._check_call, []
+    monkeypatch.setattr(LSTM, "_check_call", lambda *rest: checked.append(1) or check(*rest))
+    with poisoned():
+        one.record()
+        tapes = [one.record(), other.record()]
+        assert len(checked) == 1
+        for problem in (one.problem, other.problem):
+            for array in (problem.x, *(problem.state or ())):
+                array[...] = np.nan
+        for training, tape, (results, gradients) in zip((one, other), tapes, expected, strict=True):
+            assert_same_bits(training.results(tape), results)
+            assert_same_gradients(training.backward(tape), gradients)
+
+
+def test_a_call_like_one_before_it_takes_what_any_call_takes() -> None:
+    lstm, rng = LSTM(3, 5, rng=0), np.random.default_rng(0)
+    x, h_0, c_0 = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 2, 3), (1, 2, 5), (1, 2, 5)))
+    expected = lstm.record(x, (h_0, c_0))
+    d_x = expected.backward(expected.output, (h_0, None)).x
+    swapped = x.astype(x.dtype.newbyteorder())
+    for like_x in (x.tolist(), x.astype(np.float64), np.asfortranarray(x), swapped, x[::-1].copy()[::-1]):
+        for state in ([h_0, c_0], (h_0.tolist(), c_0), (np.asfortranarray(h_0), c_0.astype(np.float64))):
+            tape = lstm.record(like_x, state)
+            assert_same_bits((tape.output, tape.state), (expected.output, expected.state))
+            np.testing.assert_array_equal(tape.backward(tape.output, [h_0, None]).x, d_x)
+    for wrong, message in [((h_0,), "pair"), ((h_0, c_0[:, :1]), "c_0 must have shape"), (h_0, "pair")]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            lstm.record(x, wrong)
+    with pytest.raises(TypeError, match="`x` must be of a dtype"):
+        lstm.record(x.astype(np.complex64))
+
+
 @pytest.mark.parametrize("case", grid(Case(T=3, N=2, I=5), H=(16, 37, 64), P=(0, 6), dtype=BOTH), **by_name)
 def test_panels_past_the_caches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = draw_training(case).gradients()

@@ -45,7 +45,7 @@ SMALL_GRADIENTS = 256 << 10  # bytes of d_W up to which each half of the rows ha
 KEPT_WAYS = 4
 NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"
 SMALL_ROOM = 4 << 10  # numbers that are had new in a quarter of the time in which they are lent
-KEPT_SPACE, KEPT_ROOM = 32 << 20, 64 << 20  # bytes of a scratch and of a tape that are left to the next call
+KEPT_SPACE, KEPT_ROOM = 32 << 20, 128 << 20  # bytes of a scratch and of a tape that are left to the next call
 
 
 class Rows(NamedTuple):
@@ -269,9 +269,9 @@ class Direction:
         self, weights: Weights, way: Way, rows: Rows, x: Array, out: Array, state: tuple[Array | None, Array | None],
         saved: Array, d_out: Array | None, d_state: tuple[Array | None, Array | None],
         d_initial: tuple[Array, Array], d_x: Array, d_w: Mapping[str, Array], second: Array | None,
-        add_w: bool = False,
-    ) -> list[Run]:  # fmt: skip
-        """Return the runs that take some steps backward.
+        add_w: bool = False, half: int = 0,
+    ) -> Run:  # fmt: skip
+        """Return the run that takes some steps backward, or one half of their rows where these are halved.
 
         x, out, state, saved : of the forward.  d_out : (T, N, P); d_state : (N, P), (N, H), of the state after them.
         d_initial : out (N, P), (N, H), of the state before.  d_x : out (T, N, I).
@@ -292,14 +292,10 @@ class Direction:
             d_w[w_ih], d_w[w_hh], d_w.get(b_ih), d_w.get(b_hh), d_w.get(w_hr),
             *rows, second,
         )  # fmt: skip
-
-        runs: list[Run] = []
-        for half in range(1 + way.halved):
-            key = ranks, half
-            space = way.idle.pop(key, None) or self._space(way, ranks, rows.lengths is None, half)
-            space.lay_out(rows.reset, add_w)
-            runs.append((space, arrays, count, packed, (way.idle, key) if space.keeps else None))
-        return runs
+        key = ranks, half
+        space = way.idle.pop(key, None) or self._space(way, ranks, rows.lengths is None, half)
+        space.lay_out(rows.reset, add_w)
+        return space, arrays, count, packed, (way.idle, key) if space.keeps else None
 
     def _space(self, way: Way, ranks: int, alike: bool, half: int) -> BackwardSpace:
         """Return the scratch and the plan of a backward of one half of such rows; `alike`: always of all of these."""
