@@ -152,10 +152,10 @@ def _emit_multiply(
         base = b.pointer(panel)
         if piece.down or piece.rows >= FETCHING_ROWS:
             for to in _table(b, b.pointer(out), out_rows, row0, piece.rows):
-                for v in range(vectors):
-                    (to + v * b.lanes).prefetch(write=True)
+                for v in range(vectors):  # to L2: so many at once to L1 would keep the panels' lines waiting
+                    (to + v * b.lanes).prefetch()
                 if piece.down:  # where rows do not start on a line: d_W of 4 MB is made at 88% of peak instead of 80%
-                    (to + (vectors * b.lanes - 1)).prefetch(write=True)
+                    (to + (vectors * b.lanes - 1)).prefetch()
         if piece.down:
             first, lines = b.pointer(a) + row0, None
             if piece.rows >= FETCHING_ROWS:

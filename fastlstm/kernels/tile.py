@@ -401,12 +401,12 @@ def _emit_advance(
                     _strided(b, kept_c_at, H, row0, shape.rows), first_unit, H, whole,
                     b.ir.icmp_signed("!=", past_caches, I64(0)), b.ir.icmp_signed("==", past_caches, I64(2)),
                 )  # fmt: skip
-                if shape.rows >= FETCHING_ROWS:
+                if shape.rows >= FETCHING_ROWS:  # to L2: so many at once to L1 would keep the panels' lines waiting
                     with b.ir.if_then(b.ir.not_(b.ir.and_(whole, record.gates_past))):
                         for row, unit in itertools.product(range(shape.rows), units):
                             for which in range(GATES):
-                                record.gate(b, row, which, unit, whole=True).prefetch(write=True)
-                            (record.c[row] + unit).prefetch(write=True)
+                                record.gate(b, row, which, unit, whole=True).prefetch()
+                            (record.c[row] + unit).prefetch()
             sums = [_load_all(p, sum(widths), b.lanes) for p in _strided(b, start_at, start_stride, row0, shape.rows)]
             ahead = _ahead(b, shape, a_next_panel, a_depth, i)
             sums = _multiply(
