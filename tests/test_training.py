@@ -696,6 +696,21 @@ def test_panels_past_the_caches(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     assert_same_gradients(gradients, expected)
 
 
+@pytest.mark.parametrize("outputs", [16, 37, 128])
+def test_panels_of_a_linear_layer_past_the_caches(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = Linear(48, outputs, rng=0), np.random.default_rng(0).normal(size=(7, 3, 48)).astype(np.float32)
+
+    def results(layer: Linear) -> dict[str, Any]:
+        tape = layer.record(x)
+        gradients = tape.backward(tape.output)
+        return {"output": tape.output, "called": layer(x), "x": gradients.x, **gradients.params}
+
+    expected = results(layer)
+    monkeypatch.setattr(panels, "PAST_CACHES", 0)
+    with poisoned():
+        assert_same_gradients(results(copy.deepcopy(layer)), expected)
+
+
 @pytest.mark.parametrize("where", ["at", "before", "after"])
 @pytest.mark.parametrize("case", grid(SEVERAL_CHUNKS, D=(1, 2), P=(0, 6), state=(False, True)), **by_name)
 def test_lengths_and_resets_at_the_ends_of_segments(case: Case, where: str) -> None:
