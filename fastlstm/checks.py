@@ -114,7 +114,8 @@ def to_numpy(name: str, value: object) -> Array:
         raise kind(f"`{name}` cannot be made an array, got {type(value).__name__}: {reason}") from None
 
 
-AS_IT_IS = 0x101  # NumPy's flags C_CONTIGUOUS and ALIGNED
+C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x100, 0x400  # NumPy's flags
+AS_IT_IS = C_CONTIGUOUS | ALIGNED
 
 
 def is_ready(value: object, dtype: np.dtype[Any]) -> TypeGuard[Array]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CACHE_LINE", "Lent", "Own", "Spare", "aligned", "empty", "maker"]
+__all__ = ["CACHE_LINE", "Lent", "Own", "Spare", "aligned", "empty", "keep", "maker"]
 
 Array = NDArray[Any]
 CACHE_LINE = 64  # bytes
@@ -40,6 +41,17 @@ def maker(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[[], Array]:
     """Return what makes room as `empty` does, again and again, and faster where it is small."""
     small = math.prod(shape) * dtype.itemsize < LARGE
     return partial(np.empty if small else empty, shape, dtype)
+
+
+def keep(store: dict[Any, Any], key: object, value: object, most: int) -> None:
+    """Keep a value under its key, of so many at most: the oldest goes.
+
+    Several threads may do so at once, without a lock, which a fork could leave taken.
+    """
+    store[key] = value
+    if len(store) > most:
+        with suppress(StopIteration, RuntimeError):  # another thread was faster
+            store.pop(next(iter(store)), None)
 
 
 class Spare:

@@ -9,14 +9,13 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlstm.checks import as_array, as_generator, check_flag, check_shape, float_dtype
+from fastlstm.checks import C_CONTIGUOUS, WRITEABLE, as_array, as_generator, check_flag, check_shape, float_dtype
 
 __all__ = ["Layer", "Setting", "check_names", "compare_names"]
 
 Array = NDArray[Any]
 Setting = tuple[Callable[[str, Any], Any], Any]
 """How the value of a setting is checked, and its default: `...` where there is none."""
-_C_CONTIGUOUS, _WRITEABLE = 0x1, 0x400  # NumPy's flags
 SomeLayer = TypeVar("SomeLayer", bound="Layer")
 
 
@@ -32,7 +31,7 @@ class Layer(ABC):
     _config: dict[str, Any]  # the settings
     _params: dict[str, Array]
     _made: dict[str, Any]
-    """What is the same for all weights of these sizes, made when it is first needed."""
+    """What is the same for all weights under these settings, made when it is first needed."""
     _fixed: bool  # whether arrays of weights never change, but are replaced
 
     @abstractmethod
@@ -117,7 +116,7 @@ class Layer(ABC):
     def _set_params(self, params: Mapping[str, Array]) -> None:
         owned = dict(params)
         for name, array in params.items():
-            if array.flags.num & (_C_CONTIGUOUS | _WRITEABLE) != _C_CONTIGUOUS:
+            if array.flags.num & (C_CONTIGUOUS | WRITEABLE) != C_CONTIGUOUS:
                 array = owned[name] = np.ascontiguousarray(array)
                 array.setflags(write=False)
         self.__dict__["_params"] = owned

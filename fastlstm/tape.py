@@ -13,7 +13,7 @@ from fastlstm import threads
 from fastlstm.checks import AS_IT_IS, as_array, is_ready
 from fastlstm.kernels.region import Run, run_one, run_together
 from fastlstm.kernels.training import EVERY_ROW, Direction, Rows, Way, Weights
-from fastlstm.memory import Lent, Own, empty, maker
+from fastlstm.memory import Lent, Own, empty, keep, maker
 
 if TYPE_CHECKING:
     from fastlstm.lstm import LSTM, Call
@@ -24,8 +24,8 @@ Array = NDArray[Any]
 Pair = tuple[Array | None, Array | None]
 
 
-KEPT_CALLS = 4  # sizes of calls
-_nothing: Array = np.empty((0, 0, 0))
+KEPT_CALLS = 8  # their shapes and numbers of threads
+_nothing: Array = np.empty((0, 0, 0))  # in place of an input that is made again
 
 
 class Gradients(NamedTuple):
@@ -221,7 +221,7 @@ class _Recording:
                 if direction.reverse and last < self.T and state[0] is not None:
                     cut = self.reset[last] if self.lengths is None else self.reset[last] & (last < self.lengths)
                     state[0][cut], state[1][cut] = 0, 0  # type: ignore[index]
-            way = direction.way(x_part, y_part, lengths)
+            way = direction.way(x_part, y_part, lengths, threads.get_num_threads())
             rows = Rows.of(last - first, self.order, lengths, part, way)
             room = direction.room(self.T, self.N) if whole else None
             steps = _Steps(first, last, x_part, y_part, state, rows, way, room, cut)
@@ -331,7 +331,8 @@ class _Alike:
     A training step of a small model is mostly Python: what does not change from call to call is found once.
     """
 
-    def __init__(self, lstm: LSTM, directions: list[Direction], call: Call) -> None:
+    def __init__(self, lstm: LSTM, directions: list[Direction], call: Call, count: int) -> None:
+        """`count`: threads."""
         given, self.T, self.N, *_, batched = call
         dtype, P, self.L = lstm.dtype, lstm._output_size, len(directions)
         rows = (self.N,) if batched else ()
@@ -341,11 +342,11 @@ class _Alike:
         self.new_x, self.new_output = maker(self.x_shape, dtype), maker(self.output_shape, dtype)
         self.new_h, self.new_c = maker(self.h_shape, dtype), maker(self.c_shape, dtype)
         self.new_y = maker((self.T, self.N, P), dtype)  # between layers
-        x, y, self.ways = _time_major(lstm, given, batched), self.new_y(), []
+        x, self.ways = _time_major(lstm, given, batched), []
         for k, direction in enumerate(directions):
-            out = _time_major(lstm, self.new_output(), batched) if k == self.L - 1 else y
-            self.ways.append((direction, direction.way(x, out, None)))
-            x = y
+            out = _time_major(lstm, self.new_output(), batched) if k == self.L - 1 else self.new_y()
+            self.ways.append((direction, direction.way(x, out, None, count)))
+            x = out
 
     def fits(self, pair: object) -> TypeGuard[tuple[Array, Array]]:
         """Return whether this is a state, or a gradient of one, that needs no look at its parts."""
@@ -438,13 +439,12 @@ def record_lstm(lstm: LSTM, call: Call, rng: Any, every: int | None, owned: bool
     weights: list[Weights] = lstm._training_weights()
     alike = every is None and call.order is None and call.reset is None and call.T * call.N > 0
     if alike and not lstm.bidirectional and not (lstm.dropout and lstm.num_layers > 1):
-        calls = lstm._made.setdefault("alike", {})
-        key = call.x.shape, threads.get_num_threads()
+        calls = lstm._made.setdefault("alike", {})  # none where directions are two, or outputs dropped between layers
+        key = call.x.shape, (count := threads.get_num_threads())
         found: _Alike | None = calls.get(key)
         if found is None:
-            if len(calls) >= KEPT_CALLS:
-                calls.clear()
-            calls[key] = found = _Alike(lstm, [one.direction for one in weights], call)
+            found = _Alike(lstm, [one.direction for one in weights], call, count)
+            keep(calls, key, found, KEPT_CALLS)
         h_0, c_0 = call.state
         return found.record(lstm, call.x, h_0, c_0, owned)
     recording = _Recording(lstm, weights, call, rng, every, owned)

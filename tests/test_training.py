@@ -40,6 +40,7 @@ from test_guest import CHILD, COMPILES, COUNT_REGIONS, QUICK, can_fork
 
 import fastlstm
 from fastlstm import LSTM, Linear, Sequential, reference, threads
+from fastlstm import tape as tape_module
 from fastlstm.bench.cases import CASES
 from fastlstm.kernels import network, panels, sequence
 from fastlstm.kernels.network import Network
@@ -661,6 +662,29 @@ def test_a_call_like_one_before_it(case: Case, monkeypatch: pytest.MonkeyPatch) 
             assert_same_gradients(training.backward(tape), gradients)
 
 
+def test_calls_of_some_sizes_in_turn_are_known_with_their_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, entered: list[bool]
+) -> None:
+    """Even where another thread changes that number while it is found out how they are run."""
+    know, made = tape_module._Alike.__init__, []
+
+    def interrupted(*arguments: Any) -> None:
+        made.append(1)
+        fastlstm.set_num_threads(2)
+        know(*arguments)
+        fastlstm.set_num_threads(1)
+
+    monkeypatch.setattr(threads, "_threads", 1)
+    monkeypatch.setattr(tape_module._Alike, "__init__", interrupted)
+    lstm = LSTM(6, 64, rng=0)
+    for _ in range(3):
+        for T in range(40, 48):
+            tape = lstm.record(np.ones((T, 64, 6), np.float32))
+            tape.backward(tape.output)
+    assert len(made) == 8
+    assert not entered
+
+
 def test_a_call_like_one_before_it_takes_what_any_call_takes() -> None:
     lstm, rng = LSTM(3, 5, rng=0), np.random.default_rng(0)
     x, h_0, c_0 = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 2, 3), (1, 2, 5), (1, 2, 5)))
@@ -689,7 +713,7 @@ def test_panels_past_the_caches(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
         return prepare(packing, ranks)
 
     monkeypatch.setattr(Packing, "_prepare", watched)
-    monkeypatch.setattr(panels, "PAST_CACHES", 0)
+    monkeypatch.setattr(panels, "LARGE_PANELS", 0)
     with poisoned():
         gradients = draw_training(case).gradients()
     assert set(past) == {fills_line(blocking(np.dtype(case.dtype)).units, np.dtype(case.dtype))}
@@ -706,7 +730,7 @@ def test_panels_of_a_linear_layer_past_the_caches(outputs: int, monkeypatch: pyt
         return {"output": tape.output, "called": layer(x), "x": gradients.x, **gradients.params}
 
     expected = results(layer)
-    monkeypatch.setattr(panels, "PAST_CACHES", 0)
+    monkeypatch.setattr(panels, "LARGE_PANELS", 0)
     with poisoned():
         assert_same_gradients(results(copy.deepcopy(layer)), expected)
 

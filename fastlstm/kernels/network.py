@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +38,7 @@ from fastlstm.kernels.tile import (
     tile_table,
     unpacked_kernel,
 )
-from fastlstm.memory import CACHE_LINE, Lent, Spare, aligned
+from fastlstm.memory import CACHE_LINE, Lent, Spare, aligned, keep
 
 __all__ = [
     "Course",
@@ -251,10 +250,7 @@ class Network:
         course = self._courses.get(key)
         if course is None:
             course = Course(T, N, strides, how or choose_strategy(self, N, T, threads_now, lengths))
-            self._courses[key] = course  # without a lock, which a fork could leave taken
-            if len(self._courses) > KEPT_WORKSPACES:
-                with suppress(StopIteration, RuntimeError):  # another thread was faster
-                    self._courses.pop(next(iter(self._courses)), None)
+            keep(self._courses, key, course, KEPT_WORKSPACES)
         self.run(course, panels, x, out, state_in, state_out, order, lengths, reset)
 
     def run(

@@ -43,9 +43,8 @@ Array = NDArray[Any]
 BAND, WIDE_BAND = 128, 16  # rows that are copied block by block, before the next ones
 WIDE_ROW = 3 << 10  # bytes of a row that make it wide: H = 1024 gains a third, 512 would lose as much
 PARALLEL_BYTES = 4 << 20  # of panels below which a parallel region does not pay
-PAST_CACHES = (
-    8 << 20
-)  # bytes of panels that are written past the caches, where they would push out what they are made of
+# Bytes of panels that are written past the caches, where they would push out the weights they are made of.
+LARGE_PANELS = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class Packing:
             self.copies += [copy] * (panel.copied > 0)
             self.size = copy + -(-panel.copied // CACHE_LINE) * CACHE_LINE
         self._jobs = np.array(jobs, np.int64)
-        self._past_caches = self.size * dtype.itemsize > PAST_CACHES and fills_line(blocking(dtype).units, dtype)
+        self._past_caches = self.size * dtype.itemsize > LARGE_PANELS and fills_line(blocking(dtype).units, dtype)
         self._idle: dict[int, tuple[Prepared, Array] | None] = {}  # by threads
 
     def make(self, weights: Sequence[Array], out: Array) -> None:
@@ -197,7 +196,7 @@ def _emit_transposed(b: Builder, form: tuple[int, bool], source, rows, depth, ou
         loaded = []
         for unit in range(b.lanes):
             row = b.pointer(source) + b.ir.mul(depth, I64(unit)) + first
-            (row + b.ir.mul(depth, I64(units))).prefetch()  # of this gate's next block: n1h512 packs a sixth faster
+            (row + b.ir.mul(depth, I64(units))).prefetch()  # soon the source itself: n1h512 packs a sixth faster
             count = b.ir.select(b.ir.icmp_signed("<", I64(unit), rows), left, I64(0))
             loaded.append(row.load(b.lanes) if whole else row.load_first(b.lanes, count))
         for k, column in enumerate(transpose(b, loaded)):
@@ -279,23 +278,23 @@ def panels_kernel(dtype: np.dtype):
     i = types.int64
 
     @part(types.void, *[i] * 7)
-    def copy_rows(weight, depth, columns, k, rows, panels, past):
+    def copy_rows(weight, depth, columns, k, rows, panels, past_caches):
         """Copy rows of a weight (depth, columns), from row k on, to its natural panels."""
         for each in range(count_blocks(columns, lanes, widest)):
             first, vectors = cut_block(columns, each, lanes, widest)
             at, line = first * lanes, vectors * lanes
             natural(on_stack((
-                vectors - 1 + past * widest, weight + (k * columns + at) * size, columns, columns - at, rows,
+                vectors - 1 + past_caches * widest, weight + (k * columns + at) * size, columns, columns - at, rows,
                 panels + (at * depth + k * line) * size,
             )))  # fmt: skip
 
     @part(types.void, from_dtype(JOB), i, i, i, i, i)
-    def make_block(job, start, following, base, block, past):
+    def make_block(job, start, following, base, block, past_caches):
         """Make a block of the panels, at `base`, of the weight at `start`; `following`: the next weight."""
         weight, panels, copies = start + job.weight, base + job.out, base + job.copy
         if job.form == NATURAL:
             k = block * job.block_rows
-            copy_rows(weight, job.depth, job.columns, k, min(job.block_rows, job.depth - k), panels, past)
+            copy_rows(weight, job.depth, job.columns, k, min(job.block_rows, job.depth - k), panels, past_caches)
             return
         for gate in range(GATES):
             rows = job.rows - block * job.block_rows - gate * job.gate_limit
@@ -305,11 +304,11 @@ def panels_kernel(dtype: np.dtype):
             if job.form == SUMMED:
                 summed(on_stack((job.narrow, weight + offset, following + offset, rows, out)))
             else:
-                form = whole_past if past and job.narrow == 0 else job.narrow
-                transposed(on_stack((form, weight + offset, max(rows, 0), job.depth, out, GATES * job.units)))
+                which = whole_past if past_caches and job.narrow == 0 else job.narrow
+                transposed(on_stack((which, weight + offset, max(rows, 0), job.depth, out, GATES * job.units)))
             if job.copied:
                 k += job.weight // (job.depth * size)
-                copy_rows(start, GATES * job.gate_rows, job.depth, k, min(rows, job.units), copies, past)
+                copy_rows(start, GATES * job.gate_rows, job.depth, k, min(rows, job.units), copies, past_caches)
 
     def run(plan, rank):
         p = carray(plan_at(plan), 1)[0]

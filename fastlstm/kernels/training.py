@@ -33,7 +33,7 @@ from fastlstm.kernels.region import Prepared, Run
 from fastlstm.kernels.simd import target
 from fastlstm.kernels.team import LINE
 from fastlstm.kernels.tile import GATES, KEPT, fits_squares
-from fastlstm.memory import Lent, Own, Spare, aligned, empty, maker
+from fastlstm.memory import Lent, Own, Spare, aligned, empty, keep, maker
 
 __all__ = ["EVERY_ROW", "Direction", "LinearGradients", "Rows", "Way", "Weights"]
 
@@ -42,7 +42,7 @@ CHUNK_ROWS = 256  # of d_z in a chunk, so that d_W is a product of some depth an
 LARGE_GRADIENTS = 4 << 20  # bytes of d_W that had better not be read at every chunk
 LARGE_CHUNK_ROWS = 512
 SMALL_GRADIENTS = 256 << 10  # bytes of d_W up to which each half of the rows has sums of its own
-KEPT_WAYS = 4
+KEPT_WAYS = 8
 NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"
 SMALL_ROOM = 4 << 10  # numbers that are had new in a quarter of the time in which they are lent
 KEPT_SPACE, KEPT_ROOM = 32 << 20, 128 << 20  # bytes of a scratch and of a tape that are left to the next call
@@ -178,26 +178,24 @@ class Direction:
         self.network = Network(Sizes(self.I, self.H, self.P, 1, 1), self.dtype, [suffix], reverse, trained=True)
         self._unpacked = fixed and not self.projected and fits_squares((self.I, self.P), self.H, self.dtype)
 
-    def way(self, x: Array, out: Array, lengths: Array | None) -> Way:
-        """Return how steps of the size of x (T, N, I) are run, with results as out (T, N, P).
+    def way(self, x: Array, out: Array, lengths: Array | None, count: int) -> Way:
+        """Return how steps of the size of x (T, N, I) are run on `count` threads, with results as out (T, N, P).
 
-        Their strides and those of their gradients are whole numbers of any size, but for the last, which is 1.
+        x and out may have any strides in whole numbers, but for the last, which is 1; d_x lies as x, and d_out as out.
         """
         T, N, _ = x.shape
-        how = None if lengths is None else self._choose(T, N, lengths)
-        key = T, N, x.strides, out.strides, threads.get_num_threads(), how
+        how = None if lengths is None else self._choose(T, N, lengths, count)
+        key = T, N, x.strides, out.strides, count, how
         way = self._ways.get(key)
         if way is None:
-            strategy, count = how or self._choose(T, N, None)
-            if len(self._ways) >= KEPT_WAYS:
-                self._ways.clear()
+            strategy, used = how or self._choose(T, N, None, count)
             course = Course(T, N, lying(x, out), strategy, T * N == 1 and self._unpacked)
-            way = self._ways[key] = Way(course, count, self.is_halved(N, lengths is None))
+            way = Way(course, used, self.is_halved(N, lengths is None))
+            keep(self._ways, key, way, KEPT_WAYS)
         return way
 
-    def _choose(self, T: int, N: int, lengths: Array | None) -> tuple[Strategy, int]:
-        """Return how steps are run, and how many threads there are for them and the directions beside them."""
-        count = threads.get_num_threads()
+    def _choose(self, T: int, N: int, lengths: Array | None, count: int) -> tuple[Strategy, int]:
+        """Return how steps are run, and how many of `count` threads there are for them and the directions beside."""
         if self._beside > 1 and not pays(self.network, N, T, lengths, self._beside):
             count = 1
         how = choose_strategy(self.network, N, T, count // math.gcd(count, self._beside), lengths)
@@ -273,8 +271,9 @@ class Direction:
     ) -> Run:  # fmt: skip
         """Return the run that takes some steps backward, or one half of their rows where these are halved.
 
-        x, out, state, saved : of the forward.  d_out : (T, N, P); d_state : (N, P), (N, H), of the state after them.
-        d_initial : out (N, P), (N, H), of the state before.  d_x : out (T, N, I).
+        x, out, state, saved : of the forward.  d_out : (T, N, P), which lies as `out`; d_state : (N, P), (N, H), of the
+            state after them.
+        d_initial : out (N, P), (N, H), of the state before.  d_x : out (T, N, I), which lies as x.
         d_w : out, gradients by the names of the weights; without those of `second`, out, room for which
             `self.second` gives.
         add_w : whether to add to what is there.
