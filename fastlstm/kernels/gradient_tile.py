@@ -329,7 +329,9 @@ def _emit_retrace(
     times `c_step`.  The c of a step is the c_new of the next; of the last it is at `c_last`.
     d_h, d_c : in/out (H,).  panel : natural, of W_hh, or W_hh itself if `raw`; `columns` is H in whole registers.
     """
-    blocks = b.ir.sdiv(b.ir.add(columns, I64(most_vectors() - 1)), I64(most_vectors()))
+    fewest = b.ir.sdiv(b.ir.add(columns, I64(most_vectors() - 1)), I64(most_vectors()))  # as `count_blocks`
+    several = b.ir.icmp_signed(">", fewest, I64(1))
+    blocks = b.ir.add(fewest, b.ir.select(several, b.ir.and_(fewest, I64(1)), I64(0)))
 
     def block_start(block: ir.Value) -> ir.Value:
         return b.ir.sdiv(b.ir.mul(columns, block), blocks)

@@ -246,9 +246,10 @@ def _emit_natural(b: Builder, form: tuple[int, bool], source, stride, valid, row
 
 @lazy
 def count_blocks(columns, lanes, widest):
-    """Return how many blocks natural columns have."""
+    """Return how many blocks natural columns have: an even number, so that two threads have as much, or one."""
     vectors = (columns + lanes - 1) // lanes
-    return (vectors + widest - 1) // widest
+    blocks = (vectors + widest - 1) // widest
+    return blocks + (blocks % 2 if blocks > 1 else 0)
 
 
 @lazy
