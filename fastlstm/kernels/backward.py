@@ -408,7 +408,8 @@ def backward_kernel(dtype: np.dtype):
         if p.d_out:
             d_out, d_out_step = p.d_out + (t * p.out_step + row * p.out_row) * size, back * p.out_step
         call_tile(p.retrace, (
-            0, q.steps, p.H, (p.H + lanes - 1) // lanes, p.d_h + row * p.H * size, p.d_c + row * p.H * size,
+            0, q.steps, p.H, (p.H + lanes - 1) // lanes, count_blocks(p.H),
+            p.d_h + row * p.H * size, p.d_c + row * p.H * size,
             d_out, d_out_step, p.saved + (t * p.N + row) * GATES * p.H * size, c_at(p, t, row), back * p.N * p.H, c,
             p.d_z + first * GATES * p.H * size, GATES * p.H, p.w_hh, p.raw,
         ))  # fmt: skip

@@ -320,18 +320,16 @@ def _emit_cell(
 
 
 def _emit_retrace(
-    b: Builder, _: object, steps, H, columns, d_h, d_c, d_out, d_out_step, gates, c_new, c_step, c_last, d_z, d_z_step,
-    panel, raw,
+    b: Builder, _: object, steps, H, columns, blocks, d_h, d_c, d_out, d_out_step, gates, c_new, c_step, c_last,
+    d_z, d_z_step, panel, raw,
 ) -> None:  # fmt: skip
     """Emit steps of a single row backward: the gradient of its cells, and d_h = d_z W_hh to the step before.
 
     From step to step d_out, c_new and d_z move by `d_out_step`, `c_step` and `d_z_step` numbers, the gates by four
     times `c_step`.  The c of a step is the c_new of the next; of the last it is at `c_last`.
-    d_h, d_c : in/out (H,).  panel : natural, of W_hh, or W_hh itself if `raw`; `columns` is H in whole registers.
+    d_h, d_c : in/out (H,).  panel : natural, of W_hh, or W_hh itself if `raw`; `columns` is H in whole registers,
+    which lie in so many blocks.
     """
-    fewest = b.ir.sdiv(b.ir.add(columns, I64(most_vectors() - 1)), I64(most_vectors()))  # as `count_blocks`
-    several = b.ir.icmp_signed(">", fewest, I64(1))
-    blocks = b.ir.add(fewest, b.ir.select(several, b.ir.and_(fewest, I64(1)), I64(0)))
 
     def block_start(block: ir.Value) -> ir.Value:
         return b.ir.sdiv(b.ir.mul(columns, block), blocks)
@@ -548,7 +546,7 @@ def add_kernel(dtype: np.dtype):
 
 def retrace_kernel(dtype: np.dtype):
     """Describe the steps of a single row backward: of an int64 table, a 0 and what `_emit_retrace` takes."""
-    tile = kernel(dtype, "retrace", 15, _emit_retrace, {0: None})
+    tile = kernel(dtype, "retrace", 16, _emit_retrace, {0: None})
 
     def retrace(table):
         tile(table)
