@@ -52,7 +52,7 @@ __all__ = [
 GATES = 4
 KEPT = GATES + 1  # numbers that the backward needs of a hidden unit and step: i, f, g, o and c'
 FETCHING_ROWS = 4  # tiles of fewer rows read their panels faster than they could fetch others
-CHAINS = 6  # registers of cells in lockstep: one alone waits for its own latencies, 13 ns instead of 9 with six
+CHAINS = 4  # registers of cells in lockstep: one alone waits for its own latencies, six are spilled
 
 
 @dataclass(frozen=True)
@@ -343,10 +343,26 @@ class _Record:
         return self.gates[row] + b.ir.add(block, b.ir.add(b.ir.mul(width, I64(which)), within))
 
 
-def advance_cell(z_i: Vec, z_f: Vec, z_g: Vec, z_o: Vec, c: Vec) -> tuple[Vec, Vec]:
-    """Return h and c of the next step."""
-    c = sigmoid(z_f).times(c) + sigmoid(z_i).times(tanh(z_g))
-    return sigmoid(z_o).times(tanh(c)), c
+def advance_cell(
+    z_i: Vec, z_f: Vec, z_g: Vec, z_o: Vec, c: Vec, keep: Callable[[int, Vec], None]
+) -> tuple[Vec, Vec]:  # fmt: skip
+    """Return h and c of the next step; `keep` is given i, f, g and o, numbers 0 to 3, and the new c, number 4.
+
+    Each is kept as soon as it is there, so that its division goes on beside the next exponential: all of them at the
+    end, where the compiler would put them, cost a third more.
+    """
+    f = sigmoid(z_f)
+    keep(1, f.value())
+    c = f.times(c)
+    i = sigmoid(z_i)
+    keep(0, i.value())
+    g = tanh(z_g)
+    keep(2, g.value())
+    c = c + i.times(g)
+    keep(4, c)
+    o = sigmoid(z_o)
+    keep(3, o.value())
+    return o.times(tanh(c)), c
 
 
 def _emit_advance(
@@ -457,53 +473,44 @@ def _emit_cells(
             bundle([concat([x.gate(gate) for x in register]) for register in chains]) for gate in range(GATES)
         )
         c_old = bundle([concat([(c[x.row] + x.unit).load(x.units) for x in register]) for register in chains])
-        h_new, c_new = advance_cell(z_i, z_f, z_g, z_o, c_old)
+        keep = functools.partial(_write_record, b, record, chains)
+        h_new, c_new = advance_cell(z_i, z_f, z_g, z_o, c_old, keep)
         for register, h_vec, c_vec in zip(chains, h_new.registers(), c_new.registers(), strict=True):
             for i, x in enumerate(register):
                 part = h_vec.part(i * x.units, x.units)
                 (c[x.row] + x.unit).store(c_vec.part(i * x.units, x.units))
                 (h[x.row] + x.unit).store(part)
                 (out[x.row] + x.unit).store_first(part, b.ir.sub(valid, I64(x.unit)))
-        if record is not None:
-            gates = [sigmoid(z_i).value(), sigmoid(z_f).value(), tanh(z_g).value(), sigmoid(z_o).value()]
-            _write_record(b, record, chains, gates, c_new)
 
 
-def _write_record(b: Builder, record: _Record, chains: list[list[_Cells]], gates: Sequence[Vec], c_new: Vec) -> None:
-    """Emit the stores of what the backward needs of some registers of cells, all of one width."""
+def _write_record(b: Builder, record: _Record | None, chains: list[list[_Cells]], which: int, kept: Vec) -> None:
+    """Emit the stores of one of the numbers that the backward needs, of some registers of cells, all of one width."""
+    if record is None:  # the compiler leaves out what nobody reads
+        return
     valid = b.ir.sub(record.H, record.first)
-    line = fills_line(chains[0][0].units, b.dtype)
 
-    def write(kept: Sequence[Vec], at: Callable[[_Cells, int], Pointer], whole: bool, past_caches: bool) -> None:
-        for which, vecs in enumerate(kept):
-            for register, vec in zip(chains, vecs.registers(), strict=True):
-                for i, x in enumerate(register):
-                    part = vec.part(i * x.units, x.units)
-                    if whole:
-                        at(x, which).store(part, past_caches)
-                    else:
-                        at(x, which).store_first(part, b.ir.sub(valid, I64(x.unit)))
-
-    def write_all(whole: bool) -> None:
-        kinds: list[tuple[ir.Value, Sequence[Vec], Callable[[_Cells, int], Pointer]]] = [
-            (record.gates_past, gates, lambda x, which: record.gate(b, x.row, which, x.unit, whole)),
-            (record.c_past, [c_new], lambda x, _: record.c[x.row] + x.unit),
-        ]
-        for bit, kept, at in kinds:
-            if not (whole and line):
-                write(kept, at, whole, past_caches=False)
-                continue
-            with b.ir.if_else(bit) as (past, through):
-                with past:
-                    write(kept, at, whole, past_caches=True)
-                with through:
-                    write(kept, at, whole, past_caches=False)
+    def write(whole: bool, past_caches: bool = False) -> None:
+        for register, vec in zip(chains, kept.registers(), strict=True):
+            for i, x in enumerate(register):
+                part = vec.part(i * x.units, x.units)
+                at = record.gate(b, x.row, which, x.unit, whole) if which < GATES else record.c[x.row] + x.unit
+                if whole:
+                    at.store(part, past_caches)
+                else:
+                    at.store_first(part, b.ir.sub(valid, I64(x.unit)))
 
     with b.ir.if_else(record.whole) as (whole, partly):
         with whole:
-            write_all(whole=True)
+            if fills_line(chains[0][0].units, b.dtype):
+                with b.ir.if_else(record.gates_past if which < GATES else record.c_past) as (past, through):
+                    with past:
+                        write(whole=True, past_caches=True)
+                    with through:
+                        write(whole=True)
+            else:
+                write(whole=True)
         with partly:
-            write_all(whole=False)
+            write(whole=False)
 
 
 CLASSES = ("row", "few", "many", "row tail", "few tail", "many tail")
